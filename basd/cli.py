@@ -1,0 +1,390 @@
+"""The `basd` command. The only place that knows both basd and analysis; everything heavy is imported when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basd.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Plan
+
+OVERRIDES_HELP = "settings as KEY=VALUE, such as method=ce selector=uniform losses.rsd.kappa=0.02 seed=1"
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="basd",
+        description="Ablations of vision-transformer distillation: plan, train once, report with statistics.",
+    )
+    root.add_argument("--version", action="store_true", help="print the code version and leave")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.add_argument("--quiet", action="store_true", help="log lines instead of a progress bar")
+        return one
+
+    train = command("train", "train one arm")
+    train.add_argument("--again", action="store_true", help="repeat a finished arm under a new run, outside the ledger")
+    train.add_argument("-m", "--multirun", action="store_true", help="Hydra's multirun: KEY=A,B runs every combination")
+    plan = command("plan", "the arms of a table, what differs in each, what is done")
+    grid = command("grid", "train what a table lacks and print it; run it again after any interruption")
+    worker = command("worker", "one more worker on a table's ledger")
+    status = command("status", "how far the tables are, and the time left")
+    sync = command("sync", "send MLflow what it does not have yet")
+    report = command("report", "write a table again from the runs")
+    teacher = command("teacher", "fit or check the teacher")
+    doctor = command("doctor", "versions, devices, data, teacher, tracking and ledger")
+    for one in (plan, grid, worker, sync):
+        one.add_argument("name", help="an ablation: a file of experiments/ without .yaml")
+    status.add_argument("name", nargs="?", help="an ablation; all of them without it")
+    report.add_argument("name", nargs="?", help="an ablation")
+    report.add_argument("--all", action="store_true", help="every table that has a plan here")
+    for one in (grid, report):
+        one.add_argument(
+            "--allow-mixed-code", action="store_true", help="print a table whose arms are of several code versions"
+        )
+    for one in (train, plan, grid, worker, status, sync, report, teacher, doctor):
+        one.add_argument("overrides", nargs="*", help=OVERRIDES_HELP)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0 done, 1 arms failed or are missing, 2 bad input, 130 interrupted."""
+    root = parser()
+    given, extra = _parse(root, arguments)
+    if given.version:
+        from basd.version import code_version
+
+        print(code_version())
+        return 0
+    if given.command is None:
+        root.print_help()
+        return 0
+    try:
+        return COMMANDS[given.command](given, extra)
+    except UserError as error:
+        print(f"basd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("basd: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe has left; nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"basd: {_os_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _parse(root: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Overrides may stand before, between and after the options."""
+    given, unknown = root.parse_known_args(arguments)
+    bad = [word for word in unknown if word.startswith("-")]
+    if bad:
+        root.error(f"unrecognized arguments: {' '.join(bad)}")
+    overrides = [*(getattr(given, "overrides", None) or []), *unknown]
+    name = getattr(given, "name", None)
+    if name is not None and "=" in name:
+        if given.command in ("status", "report"):
+            given.name, overrides = None, [name, *overrides]
+        else:
+            root.error(f"{given.command} needs the name of an ablation before {name}")
+    return given, overrides
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the free space."
+
+
+def console(quiet: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True, force_terminal=False if quiet else None)
+
+
+# -- preparing ---------------------------------------------------------------------------------------------------------
+
+
+class TeacherProgress:
+    """A bar, or a line now and then, while a teacher is fitted on first use."""
+
+    def __init__(self, screen: Console, quiet: bool) -> None:
+        self._screen, self._quiet = screen, quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._said = -1
+
+    def __call__(self, step: int, total: int) -> None:
+        if self._said < 0:
+            self._screen.print("Fitting the teacher (once; it is cached afterwards).")
+            self._said = 0
+            if self._screen.is_terminal and not self._quiet:
+                from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+                columns = (TextColumn("teacher"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+                self._bar = Progress(*columns, console=self._screen)
+                self._task = self._bar.add_task("teacher", total=total)
+                self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        elif step * 4 // total > self._said:
+            self._said = step * 4 // total
+            self._screen.print(f"teacher: {100 * step // total} % of the steps")
+        if step == total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def planned(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
+    """The plan of the named table under these overrides, with the options it runs under."""
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import make_plan
+
+    progress = TeacherProgress(screen, given.quiet)
+    try:
+        plan = make_plan(given.name, overrides, progress)
+    finally:
+        progress.close()
+    for notice in plan.notices:
+        screen.print(f"Note: {notice}.", markup=False)
+    return plan, GridOptions.from_config(plan.config)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def train(given: argparse.Namespace, overrides: list[str]) -> int:
+    if given.multirun:
+        from basd.multirun import multirun
+
+        return multirun(overrides, again=given.again)
+    from basd.grid.single import train_one
+
+    screen = console(given.quiet)
+    progress = TeacherProgress(screen, given.quiet)
+    try:
+        status, _ = train_one(overrides, screen=screen, again=given.again, quiet=given.quiet, teacher_progress=progress)
+        return status
+    finally:
+        progress.close()
+
+
+def plan(given: argparse.Namespace, overrides: list[str]) -> int:
+    from rich.table import Table
+
+    from basd.grid.ledger import Ledger
+
+    screen = console(given.quiet)
+    made, options = planned(given, overrides, screen)
+    ledger = Ledger(options.ledger_url, made.setting, retries=options.retries, grace=options.grace)
+    states = ledger.arms(list(made.arms)) if ledger.exists else {}
+    screen.print(f"{made.name} in {made.setting}: {made.question}", markup=False)
+    table = Table("row", "differs from the reference by", "seeds", "done")
+    reference = set(next(row.overrides for row in made.rows if row.name == made.reference))
+    for row in made.rows:
+        keys = made.cells[row.name].values()
+        done = sum(1 for key in keys if key in states and states[key].state == "complete")
+        own = " ".join(text for text in row.overrides if text not in reference)
+        shown = "(the reference)" if row.name == made.reference else own or "nothing: the same arms"
+        table.add_row(row.label, shown, ",".join(str(seed) for seed in made.seeds), f"{done} of {len(keys)}")
+    screen.print(table)
+    done = sum(state.state == "complete" for state in states.values())
+    steps = sum(
+        arm.total_steps for key, arm in made.arms.items() if key not in states or states[key].state != "complete"
+    )
+    screen.print(
+        f"{len(made.arms)} arms, {done} done; {steps:,} arm-steps to train. Teacher: {_teacher_note(made)}.",
+        markup=False,
+    )
+    return 0
+
+
+def grid(given: argparse.Namespace, overrides: list[str]) -> int:
+    import time
+
+    from basd.grid.display import duration
+    from basd.grid.run import run_grid
+
+    screen = console(given.quiet)
+    began = time.monotonic()
+    made, options = planned(given, overrides, screen)
+    prepared = time.monotonic() - began
+    outcome = run_grid(made, options, console=screen, quiet=given.quiet)
+    for key, failure in outcome.failed.items():
+        arm = made.arms[key]
+        screen.print(f"Failed: {arm.name} seed={arm.seed}: {failure.reason} (log: {failure.log})", markup=False)
+    if outcome.interrupted:
+        return 130
+    if not outcome.mirrored:
+        screen.print(f"Not everything is in MLflow yet: {outcome.mirror_problem}", markup=False)
+    if outcome.complete and outcome.mirrored:
+        _report(made, options, screen, given.allow_mixed_code)
+    parts = {"setting up and teacher": prepared, **outcome.seconds}
+    spent = ", ".join(f"{name} {duration(value)}" for name, value in parts.items() if value >= 0.5)
+    trained = f"Trained {outcome.trained} arms" if outcome.trained else "Nothing to train: every arm was complete"
+    screen.print(f"{trained}; {duration(prepared + outcome.wall_seconds)} in all ({spent}).", markup=False)
+    if outcome.missing:
+        screen.print(
+            f"{len(outcome.missing)} arms are missing; run `basd grid {made.name}` again to go on.", markup=False
+        )
+    return 0 if outcome.ok and outcome.mirrored else 1
+
+
+def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code: bool) -> None:
+    import analysis
+
+    uri = options.tracking_uri
+    frame = analysis.load(made.name, tracking_uri=uri, setting=made.setting, rows=made.cells)
+    layout = analysis.Layout(
+        name=made.name,
+        title=made.name,
+        rows=tuple(analysis.LayoutRow(row.name, row.label, row.section) for row in made.rows),
+        reference=made.reference,
+        metrics=(analysis.metric(made.metric),),
+        question=made.question,
+        seeds=made.seeds,
+        notes=(f"Setting: {made.setting}; teacher {_teacher_note(made)}.", f"Plan {made.hash}."),
+    )
+    directory = Path(made.runtime["reports"]) / made.setting
+    report = analysis.write_report(frame, layout, directory, allow_mixed_code=allow_mixed_code)
+    for warning in report.warnings:
+        screen.print(f"Note: {warning}", markup=False)
+    screen.print(report.table.to_rich())
+    where = f"mlflow ui --backend-store-uri {uri}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
+    screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
+    screen.print(f"Written: {', '.join(str(path) for path in report.paths)}", markup=False)
+
+
+def _teacher_note(made: Plan) -> str:
+    name = made.config["teacher"]["name"]
+    return f"{name}, {100 * made.teacher_top1:.1f} % test top-1" if made.teacher_top1 is not None else name
+
+
+def report(given: argparse.Namespace, overrides: list[str]) -> int:
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Plan
+    from basd.grid.status import newest_plans
+
+    if (given.name is None) == (not given.all):
+        raise UserError("name one table, or write --all for every table that has a plan here.")
+    setting, config = _run_sections(overrides)
+    screen = console(given.quiet)
+    paths = newest_plans(Path(config.runtime.directory), given.name, setting)
+    if not paths:
+        raise UserError(
+            f"nothing was planned here{f' for {given.name}' if given.name else ''}; run basd grid NAME first."
+        )
+    if given.name is not None and len(paths) > 1:
+        choices = ", ".join(path.parent.parent.name for path in paths)
+        raise UserError(f"several settings hold {given.name}; choose one with setting=… ({choices}).")
+    for path in paths:
+        made = Plan.load(path)
+        options = GridOptions.from_config(made.config, tracking_uri=config.tracking.uri)
+        _report(made, options, screen, given.allow_mixed_code)
+    return 0
+
+
+def _run_sections(overrides: list[str]) -> tuple[str | None, Any]:
+    """`setting=` and the runtime, tracking and ledger sections of a command line that names no configuration."""
+    from basd.compose import compose
+
+    setting = next((text.partition("=")[2] for text in overrides if text.startswith("setting=")), None)
+    return setting, compose([text for text in overrides if not text.startswith("setting=")]).config
+
+
+def status(given: argparse.Namespace, overrides: list[str]) -> int:
+    from basd.grid.options import GridOptions
+    from basd.grid.status import print_status
+    from basd.grid.status import status as read_status
+
+    setting, config = _run_sections(overrides)
+    tables = read_status(GridOptions.from_config(config), given.name, setting)
+    if given.name is not None and not tables:
+        from basd.grid.plan import load_ablation
+
+        load_ablation(given.name)
+    print_status(tables, console(given.quiet))
+    return 0
+
+
+def worker(given: argparse.Namespace, overrides: list[str]) -> int:
+    from basd.grid.worker import log_name, work_on
+
+    screen = console(given.quiet)
+    made, options = planned(given, overrides, screen)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    path = made.save()
+    log_path = str(options.setting_directory(made.setting) / "logs" / log_name())
+    trained = work_on(path, options, log_path=log_path, mirror=True)
+    screen.print(f"This worker trained {trained} arms.", markup=False)
+    return 0
+
+
+def sync(given: argparse.Namespace, overrides: list[str]) -> int:
+    from basd.grid.run import sync as run_sync
+
+    screen = console(given.quiet)
+    made, options = planned(given, overrides, screen)
+    outcome = run_sync(made, options)
+    screen.print(
+        "MLflow has everything." if outcome.mirrored else f"MLflow still lacks something: {outcome.mirror_problem}",
+        markup=False,
+    )
+    return 0 if outcome.mirrored else 1
+
+
+def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
+    from basd.compose import compose
+    from basd.grid.plan import prepare
+
+    screen = console(given.quiet)
+    config = compose(overrides).config
+    progress = TeacherProgress(screen, given.quiet)
+    try:
+        prepared = prepare(config, progress).teacher
+    finally:
+        progress.close()
+    accuracy = (
+        "no head, so no accuracy" if prepared.test_top1 is None else f"test top-1 {100 * prepared.test_top1:.2f} %"
+    )
+    shape = f"{len(prepared.model.blocks)} blocks, width {prepared.model.embed_dim}"
+    screen.print(f"{config.teacher.name}: {shape}, {accuracy}, weights {prepared.fingerprint}", markup=False)
+    if prepared.path is not None:
+        screen.print(f"{'Fitted and cached' if prepared.fitted_now else 'Cached'}: {prepared.path}", markup=False)
+    return 0
+
+
+def doctor(given: argparse.Namespace, overrides: list[str]) -> int:
+    from basd.doctor import examine
+
+    return examine(overrides, console(given.quiet))
+
+
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "grid": grid,
+    "worker": worker,
+    "status": status,
+    "sync": sync,
+    "report": report,
+    "teacher": teacher,
+    "doctor": doctor,
+}

@@ -1,0 +1,34 @@
+"""The losses: name → configuration. A new loss is one file and one line here and in `LossesConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from basd.components.losses.attn import AttentionLossConfig
+from basd.components.losses.rel import RelationLossConfig
+from basd.components.losses.rsd import RSDLossConfig
+from basd.components.losses.spectral import SpectralLossConfig
+
+LOSSES: dict[str, type] = {
+    "rsd": RSDLossConfig,
+    "rel": RelationLossConfig,
+    "attn": AttentionLossConfig,
+    "spectral": SpectralLossConfig,
+}
+# The losses that compare tokens (they use the layer mixture and the token aligner); attn compares attention maps.
+TOKEN_LOSSES = ("rsd", "rel", "spectral")
+
+
+@dataclass
+class LossesConfig:
+    """`losses.<name>.*`."""
+
+    rsd: RSDLossConfig = field(default_factory=RSDLossConfig)
+    rel: RelationLossConfig = field(default_factory=RelationLossConfig)
+    attn: AttentionLossConfig = field(default_factory=AttentionLossConfig)
+    spectral: SpectralLossConfig = field(default_factory=SpectralLossConfig)
+
+
+def enabled_losses(config: LossesConfig) -> tuple[str, ...]:
+    """Names of the losses that are on, in the order of `LOSSES`."""
+    return tuple(name for name in LOSSES if getattr(config, name).enabled)

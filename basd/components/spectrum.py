@@ -1,0 +1,62 @@
+"""Fourier helpers shared by the selector's descriptors and the spectral loss."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=32)
+def column_multiplicity(width: int) -> Tensor:
+    """How often each of rfft's `width//2+1` columns stands in the full spectrum: [1,2,…,2,1] (even) or [1,2,…,2]."""
+    weight = torch.full((width // 2 + 1,), 2.0)
+    weight[0] = 1.0
+    if width % 2 == 0:
+        weight[-1] = 1.0
+    return weight
+
+
+@lru_cache(maxsize=32)
+def radii(grid: tuple[int, int]) -> Tensor:
+    """Distance from DC of each bin of rfft2, in cycles per image, (h, w//2+1), float64."""
+    rows = torch.fft.fftfreq(grid[0], dtype=torch.float64) * grid[0]
+    columns = torch.fft.rfftfreq(grid[1], dtype=torch.float64) * grid[1]
+    return (rows[:, None] ** 2 + columns[None, :] ** 2).sqrt()
+
+
+def distinct_radii(grid: tuple[int, int]) -> int:
+    """Number of different distances from DC on the grid."""
+    squared = (radii(grid) ** 2).round().long()
+    return int(squared.unique().numel())
+
+
+def equal_width_bands(radius: Tensor, bands: int) -> Tensor:
+    """Band index of each radius: `bands` bands equal in radius between 0 and the largest, DC in band 0."""
+    largest = radius.max().clamp_min(1e-12)
+    return (radius / largest * bands).floor().clamp_max(bands - 1).long()
+
+
+@lru_cache(maxsize=32)
+def fourier_basis(grid: tuple[int, int]) -> Tensor:
+    """Real form of the orthonormal rfft2 of an h×w grid as a matrix, (2, h·(w//2+1), h·w): real and imaginary rows.
+
+    The grids of patch tokens are small, so one matrix product is several times faster than an FFT over strided axes.
+    """
+    height, width = grid
+    points = torch.eye(height * width, dtype=torch.float64).view(-1, height, width)
+    spectrum = torch.fft.rfft2(points, norm="ortho").flatten(1).T
+    return torch.stack([spectrum.real, spectrum.imag]).float()
+
+
+def spatial_power(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """|rfft2|² of token maps, summed over channels, each bin times its multiplicity in the full spectrum.
+
+    tokens (..., N, D) → (..., h·(w//2+1)). Parseval: the sum over bins is the sum of squares of the tokens.
+    """
+    basis = fourier_basis(grid).to(tokens.device)
+    assert tokens.shape[-2] == basis.shape[-1], f"{tokens.shape[-2]} tokens on a {grid[0]}x{grid[1]} grid"
+    spectrum = basis.flatten(0, 1) @ tokens
+    power = spectrum.square().sum(dim=-1).unflatten(-1, (2, -1)).sum(dim=-2)
+    return power * column_multiplicity(grid[1]).to(power).repeat(grid[0])

@@ -1,0 +1,91 @@
+"""cross_attention: every student position asks the teacher's tokens where to look."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from basd.components.sizes import Sizes
+from basd.models.resampling import row_resampling
+
+# Share of the position code in a key, against tokens of unit variance: large enough that the start is local.
+POSITION_GAIN = 4.0
+
+
+@dataclass
+class CrossAttentionConfig:
+    name: str = "cross_attention"
+    # Whether the losses train P (joint) or leave it as it starts (detached).
+    gradient: str = field(default="joint", metadata={"choices": ("joint", "detached")})
+
+    def build(self, sizes: Sizes) -> nn.Module:
+        return CrossAttentionAligner(self, sizes)
+
+
+def position_code(grid: tuple[int, int], width: int, cells: int) -> Tensor:
+    """sin-cos code of the cell centres of a grid on the unit square, (N, width), float64; unused channels are 0.
+
+    Frequencies run evenly up to one period per two of `cells` cells, so that ⟨code_i, code_j⟩ falls off within about a
+    cell, whatever the grid it is read on.
+    """
+    bands = max(1, width // 4)
+    frequency = math.pi * cells * (torch.arange(bands, dtype=torch.float64) + 1) / bands
+    rows = (torch.arange(grid[0], dtype=torch.float64) + 0.5) / grid[0]
+    columns = (torch.arange(grid[1], dtype=torch.float64) + 0.5) / grid[1]
+    y = (rows[:, None] * frequency).repeat_interleave(grid[1], dim=0)
+    x = (columns[:, None] * frequency).repeat(grid[0], 1)
+    code = torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=1)
+    if code.shape[1] > width:
+        return code[:, :width]
+    return F.pad(code, (0, width - code.shape[1]))
+
+
+def local_scale(query: Tensor, key: Tensor, target: Tensor) -> float:
+    """Factor s for which softmax(s·q kᵀ) lies closest (KL, averaged over rows) to the resampling `target`."""
+    product = query @ key.T
+    candidates = torch.logspace(-2, 2, 81, dtype=torch.float64) / product.abs().max().clamp_min(1e-12)
+    best, least = float(candidates[0]), math.inf
+    for scale in candidates.tolist():
+        log_p = (scale * product).log_softmax(dim=1)
+        divergence = float(-(target * log_p).sum(dim=1).mean())
+        if divergence < least:
+            best, least = scale, divergence
+    return best
+
+
+class CrossAttentionAligner(nn.Module):
+    """P = softmax(q_i · W(LN0(T)_j + position_j)), output P·T: values are the teacher's own tokens.
+
+    Learned queries per student position (sin-cos start) and a key map W without bias per point (identity start); P
+    starts close to area-overlap resampling.
+    """
+
+    position: Tensor
+
+    def __init__(self, config: CrossAttentionConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.detached = config.gradient == "detached"
+        points, width = len(sizes.points), sizes.teacher_width
+        cells = max(*sizes.student_grid, *sizes.teacher_grid)
+        key = position_code(sizes.teacher_grid, width, cells) * POSITION_GAIN
+        query = position_code(sizes.student_grid, width, cells)
+        scale = local_scale(query, key, row_resampling(sizes.student_grid, sizes.teacher_grid).double())
+        self.register_buffer("position", key.float(), persistent=False)
+        self.queries = nn.Parameter((query * scale).float().repeat(points, 1, 1))
+        self.key_weight = nn.Parameter(torch.eye(width).repeat(points, 1, 1))
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """P (M, B, N_s, N_t), rows sum to 1, of mixtures tokens (M, B, N_t, D)."""
+        # q·(W k) = (q W)·k: mapping the few queries is cheaper than mapping every key
+        queries = (self.queries @ self.key_weight).unsqueeze(1)
+        keys = F.layer_norm(tokens, tokens.shape[-1:]) + self.position
+        return (queries @ keys.transpose(-2, -1)).softmax(dim=-1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(M, B, N_t, D) → (M, B, N_s, D)."""
+        weights = self.weights(tokens)
+        return (weights.detach() if self.detached else weights) @ tokens

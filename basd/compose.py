@@ -1,0 +1,242 @@
+"""Hydra composition: presets and command-line overrides → a checked `Config`, with readable errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from basd.components.losses import LossesConfig
+from basd.config import (
+    GROUPS,
+    NOT_SEMANTIC,
+    Config,
+    LedgerConfig,
+    RuntimeConfig,
+    TrackingConfig,
+    digest,
+    flatten,
+    from_dict,
+    join_problems,
+    suggest,
+)
+from basd.errors import UserError
+from basd.models.student import StudentConfig
+from basd.objective import ObjectiveConfig
+from basd.training.recipe import RecipeConfig
+
+# Groups whose options are YAML presets on top of a schema.
+PRESET_GROUPS = ("data", "teacher", "student", "recipe", "method")
+# Groups that make up the setting.
+SETTING_GROUPS = ("data", "teacher", "student", "recipe")
+
+
+@dataclass
+class _Schema:
+    """Typed sections of the root; each group puts its own dataclass into its place."""
+
+    data: Any = None
+    teacher: Any = None
+    student: Any = None
+    recipe: Any = None
+    views: Any = None
+    mixing: Any = None
+    selector: Any = None
+    token_aligner: Any = None
+    head_aligner: Any = None
+    weighting: Any = None
+    warmup: Any = None
+    method: str = "basd"
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    seed: int = 0
+
+
+def register() -> None:
+    """Put every component's dataclass into Hydra's ConfigStore; safe to repeat."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=_Schema, replace=True)
+    for group, options in GROUPS.items():
+        for name, node in options.items():
+            place = f"schema/{group}" if group in PRESET_GROUPS else group
+            store.store(group=place, name=name, node=node, replace=True)
+    store.store(group="schema/student", name="vit", node=StudentConfig, replace=True)
+    store.store(group="schema/recipe", name="adamw", node=RecipeConfig, replace=True)
+
+
+def group_choices() -> dict[str, list[str]]:
+    """Options of every group, as the command line takes them."""
+    choices = {group: sorted(options) for group, options in GROUPS.items()}
+    for group in PRESET_GROUPS:
+        folder = importlib.resources.files("basd.conf") / group
+        choices[group] = sorted(Path(str(f.name)).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return choices
+
+
+@dataclass(frozen=True)
+class Composed:
+    config: Config
+    # Group options as chosen: {"data": "digits", "teacher": "digits_vit", …}
+    choices: dict[str, str]
+
+
+def compose(overrides: Sequence[str] = ()) -> Composed:
+    """The configuration that presets and overrides describe; one `UserError` lists everything that is wrong."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("basd.conf", job_name="basd"):
+        problems = _override_problems(overrides)
+        if problems:
+            raise UserError(join_problems(problems))
+        composed = _compose(overrides)
+    chosen = composed.hydra.runtime.choices
+    choices = {str(key): str(value) for key, value in chosen.items() if "/" not in str(key)}
+    values = {str(key): _plain_values(composed[key]) for key in composed if key != "hydra"}
+    return Composed(from_dict(values), choices)
+
+
+def _plain_values(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _compose(overrides: Sequence[str]) -> Any:
+    try:
+        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_plain(error)) from error
+
+
+def _plain(error: Exception) -> str:
+    """Hydra's message without its frame of hints."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    lines = [
+        line for line in lines if not re.match(r"(full_key|object_type|reference_type|set HYDRA|Set the env)", line)
+    ]
+    return "; ".join(lines[:2])
+
+
+def _override_problems(overrides: Sequence[str]) -> list[str]:
+    """What is wrong with each override, before anything is built from them together."""
+    parser = OverridesParser.create()
+    choices = group_choices()
+    problems: list[str] = []
+    groups: list[str] = []
+    values: list[tuple[str, str, Any]] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            problems.append(f'"{text}" is not an override; write KEY=VALUE, such as seed=1')
+            continue
+        key = override.key_or_group
+        if override.is_sweep_override():
+            problems.append(f'"{text}" holds several values; one is needed here (`basd train -m` runs several)')
+        elif key in choices and not isinstance(override.value(), dict | list):
+            if str(override.value()) not in choices[key]:
+                problems.append(f"{key}={override.value()} is not known {suggest(str(override.value()), choices[key])}")
+            else:
+                groups.append(text)
+        elif override.is_delete() or override.is_add():
+            problems.append(f'"{text}": settings cannot be added or removed; write KEY=VALUE')
+        else:
+            values.append((text, key, override.value()))
+    if problems:
+        # without the groups, values cannot be checked against the right schema
+        return problems
+    base = _compose(groups)
+    for text, key, value in values:
+        problem = _value_problem(base, text, key, value)
+        if problem:
+            problems.append(problem)
+    return problems
+
+
+def _value_problem(base: Any, text: str, key: str, value: Any) -> str | None:
+    parent, _, leaf = key.rpartition(".")
+    section = OmegaConf.select(base, parent) if parent else base
+    known = [str(k) for k in section] if OmegaConf.is_dict(section) else []
+    known = [k for k in known if k != "hydra"]
+    if leaf not in known:
+        where = f" of {parent}" if parent else ""
+        if parent and not known:
+            top = key.split(".")[0]
+            return f"{key} is not a setting {suggest(top, [str(k) for k in base if k != 'hydra'])}"
+        return f"{key} is not a setting{where} {suggest(leaf, known)}"
+    try:
+        OmegaConf.update(base, key, value)
+    except OmegaConfBaseException as error:
+        return f"{text}: {_plain(error)}"
+    return None
+
+
+def overridden_keys(overrides: Sequence[str]) -> list[str]:
+    parser = OverridesParser.create()
+    return [parser.parse_override(text).key_or_group for text in overrides]
+
+
+def setting_name(composed: Composed, plain: Composed) -> str:
+    """`<data>-<teacher>-<student>-<recipe>`, plus 6 hex digits where a semantic field differs from the plain groups'.
+
+    `composed` is the command line's base, `plain` the same groups without any other override.
+    """
+    name = "-".join(composed.choices[group] for group in SETTING_GROUPS)
+    left_out = (*NOT_SEMANTIC, "seed")
+    before = {key: value for key, value in plain.config.to_dict().items() if key not in left_out}
+    after = {key: value for key, value in composed.config.to_dict().items() if key not in left_out}
+    changed = {key: after[key] for key in after if after[key] != before[key]}
+    return f"{name}-{digest(changed)[:6]}" if changed else name
+
+
+def difference_from_preset(composed: Composed) -> str:
+    """The preset's name and what differs from it, in the words of the command line."""
+    groups = [f"{group}={composed.choices[group]}" for group in (*SETTING_GROUPS, "method")]
+    return " ".join([composed.config.method, *differences(compose(groups).config, composed.config)])
+
+
+def differences(base: Config, config: Config) -> list[str]:
+    """Overrides that lead from one configuration to the other."""
+    words = []
+    before, after = base.to_dict(), config.to_dict()
+    for section in after:
+        if section in (*NOT_SEMANTIC, "seed"):
+            continue
+        if section in GROUPS and before[section]["name"] != after[section]["name"]:
+            words.append(f"{section}={after[section]['name']}")
+            defaults = dict(flatten(dataclasses.asdict(GROUPS[section][after[section]["name"]]())))
+        else:
+            defaults = dict(flatten(before[section]))
+        words += [f"{section}.{k}={_short(v)}" for k, v in flatten(after[section]) if v != defaults.get(k)]
+    return words
+
+
+def _short(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "_")
+
+
+def setting_groups(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose data, teacher, student or recipe."""
+    choices = group_choices()
+    parser = OverridesParser.create()
+    parsed = [(text, parser.parse_override(text)) for text in overrides]
+    return [
+        text
+        for text, one in parsed
+        if one.key_or_group in SETTING_GROUPS and str(one.value()) in choices[one.key_or_group]
+    ]

@@ -1,0 +1,1 @@
+"""Hydra groups: data, teacher, student, recipe and method (presets)."""

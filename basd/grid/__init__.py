@@ -1,0 +1,1 @@
+"""Ablations as grids: plan, ledger, workers, status."""

@@ -1,0 +1,76 @@
+"""How and where a grid runs. Nothing here changes a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRAINER = "basd.training.cohort:train_cohort"
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """The `runtime`, `ledger` and `tracking` sections of a configuration, as far as the grid needs them."""
+
+    directory: str = "runs"
+    ledger_url: str = "sqlite:///ledger.db"
+    tracking_uri: str = "sqlite:///mlflow.db"
+    retries: int = 1
+    grace: float = 120.0  # seconds
+    processes: int = 0  # 0: one per `threads` cores on CPU, one per GPU
+    cohort_size: int = 16
+    threads: int = 1
+    device: str = "auto"
+    ledger_timeout: float = 30.0  # seconds to wait for a locked ledger
+    trainer: str = TRAINER  # module:function; tests put a quick one here
+
+    @classmethod
+    def from_config(cls, config: Any, **changes: Any) -> GridOptions:
+        """From a resolved configuration: basd.config.Config or its plain nested dict."""
+        parts = ("runtime", "ledger", "tracking")
+        if isinstance(config, Mapping):
+            sections = {name: dict(config.get(name) or {}) for name in parts}
+        else:
+            sections = {name: vars(getattr(config, name)) for name in parts}
+        names = {"directory", "processes", "cohort_size", "threads", "device"}
+        found = {name: value for name, value in sections["runtime"].items() if name in names}
+        found |= {name: value for name, value in sections["ledger"].items() if name in ("retries", "grace")}
+        found |= {"ledger_url": sections["ledger"]["url"]} if "url" in sections["ledger"] else {}
+        found |= {"tracking_uri": sections["tracking"]["uri"]} if "uri" in sections["tracking"] else {}
+        return cls(**{**found, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `GridOptions(**d)` is its inverse."""
+        return dataclasses.asdict(self)
+
+    def setting_directory(self, setting: str) -> Path:
+        """Where the arms of a setting lie."""
+        return Path(self.directory) / setting
+
+    def arm_directory(self, setting: str, key: str) -> Path:
+        """Where one arm lies."""
+        return self.setting_directory(setting) / key
+
+    def devices(self) -> list[str]:
+        """The CUDA devices to give one worker each; empty on CPU."""
+        if self.device == "cpu":
+            return []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None and self.device in ("auto", "cuda"):
+            return [name for name in visible.split(",") if name and name != "-1"]
+        if self.device.startswith("cuda:"):
+            return [self.device.removeprefix("cuda:")]
+        import torch
+
+        return [str(i) for i in range(torch.cuda.device_count())]
+
+    def workers(self, devices: int) -> int:
+        """How many worker processes to start."""
+        if self.processes > 0:
+            return self.processes
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return devices or max(1, cores // max(1, self.threads))

@@ -1,0 +1,368 @@
+"""`basd grid`: enqueue what is missing, keep workers at it until everything is done, and say what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basd.errors import UserError
+from basd.grid.display import Display, duration, steps_done
+from basd.grid.ledger import ArmState, Ledger
+from basd.grid.options import GridOptions
+from basd.tracking.mirror import Mirror, check_tracking, is_mirrored
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from basd.grid.plan import Plan
+
+POLL = 0.5  # seconds between looks at the ledger
+PATIENCE = 300.0  # seconds for workers to checkpoint after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an arm failed for good, and where its log lies."""
+
+    reason: str
+    log: str
+
+
+@dataclass
+class Outcome:
+    """What became of a grid. Keys are arm keys of the plan."""
+
+    complete: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: dict[str, Failure] = field(default_factory=dict)
+    trained: int = 0  # completed during this call, by any process
+    workers_started: int = 0
+    worker_deaths: int = 0
+    interrupted: bool = False
+    mirrored: bool = True  # everything is in MLflow
+    mirror_problem: str = ""
+    wall_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # prepare, start, train, mirror
+
+    @property
+    def ok(self) -> bool:
+        """Every arm of the plan is complete."""
+        return not self.missing and not self.failed
+
+
+class Workers:
+    """The worker processes of this grid."""
+
+    def __init__(self, plan_path: Path, options: GridOptions, logs: Path) -> None:
+        self.options, self.logs, self._plan = options, logs, plan_path
+        self.devices = options.devices() if options.processes != 1 else []
+        self.limit = options.workers(len(self.devices))
+        self.started = self.deaths = 0
+        self._running: dict[int, subprocess.Popen[bytes]] = {}  # slot -> process
+        self.last_death = ""
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self) -> None:
+        """Start one more worker in a free slot; its output goes to a log named after it."""
+        slot = next(i for i in range(self.limit) if i not in self._running)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            environment[name] = str(self.options.threads)
+        if self.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+        command = [sys.executable, "-m", "basd.grid.worker", "--plan", str(self._plan)]
+        command += ["--options", json.dumps(self.options.to_dict()), "--workers", str(self.limit)]
+        command += ["--parent", str(os.getpid()), "--log-directory", str(self.logs)]
+        nameless = self.logs / f"worker-{uuid.uuid4().hex}.log"
+        with open(nameless, "ab") as log:
+            # a session of its own: Ctrl-C at the terminal reaches this process alone, which then asks the workers
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        os.replace(nameless, self._log_of(process))
+        self._running[slot] = process
+        self.started += 1
+
+    def gone(self) -> list[str]:
+        """Forget workers that have ended; returns one sentence for each that did not end well."""
+        sentences = []
+        for slot, process in list(self._running.items()):
+            status = process.poll()
+            if status is None:
+                continue
+            del self._running[slot]
+            if status:
+                self.deaths += 1
+                how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+                self.last_death = f"a worker {how}{self._last_line(process)}; its log: {self._log_of(process)}"
+                sentences.append(self.last_death)
+        return sentences
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every worker."""
+        for process in self._running.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for all workers to end; returns whether they did."""
+        limit = time.monotonic() + timeout
+        while any(process.poll() is None for process in self._running.values()):
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.05)
+        self.gone()
+        return True
+
+    def _log_of(self, process: subprocess.Popen[bytes]) -> Path:
+        return self.logs / f"worker-{socket.gethostname()}-{process.pid}.log"
+
+    def _last_line(self, process: subprocess.Popen[bytes]) -> str:
+        try:
+            lines = self._log_of(process).read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return f" ({lines[-1][:200]})" if lines else ""
+
+
+def labels_of(plan: Plan) -> dict[str, list[str]]:
+    """arm key -> names of the rows it serves."""
+    return {key: list(plan.labels_of(key)) for key in plan.arms}
+
+
+def mirror_of(plan: Plan, options: GridOptions, ledger: Ledger) -> Mirror:
+    """A mirror that follows every arm of the plan that is not complete, or of which something is not in MLflow yet."""
+    mirror = Mirror(options.tracking_uri)
+    states = ledger.arms()
+    known = {state.key: state.configuration_key for state in states.values()}
+    known |= {arm.arm_key: arm.configuration_key for arm in plan.arms.values()}
+    seeds = Counter(known.values())
+    for key, rows in labels_of(plan).items():
+        directory, labels = options.arm_directory(plan.setting, key), {plan.name: ", ".join(rows)}
+        complete = key in states and states[key].state == "complete"
+        if not (complete and is_mirrored(directory, options.tracking_uri, labels)):
+            mirror.add(directory, expected=seeds[plan.arms[key].configuration_key], labels=labels)
+    return mirror
+
+
+def run_grid(plan: Plan, options: GridOptions, *, console: Console | None = None, quiet: bool = False) -> Outcome:
+    """Train every arm of the plan that is not complete, however often this was interrupted before.
+
+    Several calls at once share the work. UserError when the ledger or the tracking store cannot be used.
+    """
+    if console is None:
+        from rich.console import Console as RichConsole
+
+        console = RichConsole()
+    began = time.monotonic()
+    ledger = Ledger(
+        options.ledger_url, plan.setting, retries=options.retries, grace=options.grace, timeout=options.ledger_timeout
+    )
+    ledger.check()
+    keys = list(plan.arms)
+    before = {key for key, state in ledger.arms(keys).items() if state.state == "complete"}
+    if len(before) < len(keys):
+        check_tracking(options.tracking_uri)
+    plan_path = options.setting_directory(plan.setting) / "plans" / f"{plan.name}-{plan.hash}.json"
+    plan.save(plan_path)
+    ledger.reap_stale(keys)
+    ledger.ensure(plan.arms.values(), labels_of(plan), plan.name, again=True)
+    mirror = mirror_of(plan, options, ledger)
+    outcome = Outcome(seconds={"prepare": time.monotonic() - began, "start": 0.0, "train": 0.0, "mirror": 0.0})
+    if len(before) < len(keys):
+        mirror.start()
+        _work(plan, options, ledger, plan_path, outcome, console, quiet)
+    _settle(plan, options, ledger, mirror, outcome, before)
+    outcome.wall_seconds = time.monotonic() - began
+    return outcome
+
+
+def _work(
+    plan: Plan, options: GridOptions, ledger: Ledger, plan_path: Path, outcome: Outcome, console: Console, quiet: bool
+) -> None:
+    """Keep workers running until every arm of the plan is complete or has failed for good."""
+    workers = Workers(plan_path, options, options.setting_directory(plan.setting) / "logs")
+    steps = sum(arm.total_steps for arm in plan.arms.values())
+    display = Display(console, plan.name, steps, len(plan.arms), quiet=quiet)
+    began = time.monotonic()
+    try:
+        with _terminations():
+            try:
+                _loop(plan, options, ledger, workers, display)
+            except KeyboardInterrupt:
+                outcome.interrupted = True
+                _stop(plan, workers, display)
+    finally:
+        if len(workers):  # an error on the way: no worker is left behind
+            workers.signal(signal.SIGTERM)
+            if not workers.wait(PATIENCE):
+                workers.signal(signal.SIGKILL)
+        display.close()
+        ledger.close()
+    outcome.workers_started, outcome.worker_deaths = workers.started, workers.deaths
+    ended = time.monotonic()
+    first = display.first_progress or ended
+    outcome.seconds["start"], outcome.seconds["train"] = first - began, ended - first
+
+
+def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, display: Display) -> None:
+    keys = list(plan.arms)
+    trouble = ""
+    while True:
+        try:
+            for sentence in workers.gone():
+                display.say(f"Note: {sentence}")
+            ledger.reap_stale(keys)
+            states = ledger.arms(keys)
+        except UserError as error:  # a ledger locked for a while must not end a long run; workers wait for it too
+            if str(error) != trouble:
+                display.say(f"{error} (waiting)")
+            trouble = str(error)
+            time.sleep(5 * POLL)
+            continue
+        count = Counter(state.state for state in states.values())
+        failed = sum(state.permanent for state in states.values())
+        display.update(_steps(plan, options, states), count["complete"], failed)
+        waiting, running = count["waiting"] + count["failed"] - failed, count["running"] + count["stale"]
+        if not waiting and not running and not len(workers):
+            return
+        if workers.deaths > options.retries * workers.limit:
+            if not running and not len(workers):
+                display.say(f"No worker stays alive: {workers.last_death}")
+                return
+        elif waiting and len(workers) < min(workers.limit, waiting + running):
+            workers.start()
+            continue
+        time.sleep(POLL)
+
+
+def _stop(plan: Plan, workers: Workers, display: Display) -> None:
+    """Ask the workers to checkpoint; a second Ctrl-C does not wait for them."""
+    display.close()
+    display.say("Stopping: the arms in training are being checkpointed (Ctrl-C again to leave at once).")
+    workers.signal(signal.SIGTERM)
+    try:
+        gone = workers.wait(PATIENCE)
+    except KeyboardInterrupt:
+        gone = False
+    if not gone:
+        workers.signal(signal.SIGKILL)
+        workers.wait(10.0)
+    display.say(f"Stopped. Run `basd grid {plan.name}` again to go on from here.")
+
+
+def _steps(plan: Plan, options: GridOptions, states: dict[str, ArmState]) -> int:
+    """Arm-steps done so far, from the ledger and the arms' progress files."""
+    done = 0
+    for key, arm in plan.arms.items():
+        state = states.get(key)
+        if state is not None and (state.state == "complete" or state.permanent):
+            done += arm.total_steps
+        else:
+            done += min(arm.total_steps, steps_done(options.arm_directory(plan.setting, key)))
+    return done
+
+
+def _settle(
+    plan: Plan, options: GridOptions, ledger: Ledger, mirror: Mirror, outcome: Outcome, before: set[str]
+) -> None:
+    """Fill the outcome from the ledger and finish the mirror."""
+    states = ledger.arms(list(plan.arms))
+    for key in plan.arms:
+        state = states.get(key)
+        if state is not None and state.state == "complete":
+            outcome.complete.append(key)
+        elif state is not None and state.permanent:
+            outcome.failed[key] = Failure(state.reason, state.log)
+            mirror.conclude(options.arm_directory(plan.setting, key), "FAILED")
+        else:
+            outcome.missing.append(key)
+            if state is None or state.state != "running":
+                mirror.conclude(options.arm_directory(plan.setting, key), "KILLED")
+    outcome.trained = len(set(outcome.complete) - before)
+    began = time.monotonic()
+    try:
+        if mirror.pending():
+            check_tracking(options.tracking_uri)  # an address that is dead now is not waited for
+            outcome.mirrored = mirror.drain(15.0 if outcome.interrupted else 120.0)
+            outcome.mirror_problem = mirror.problem
+        else:
+            mirror.drain(10.0)
+    except UserError as error:
+        mirror.close()
+        outcome.mirrored, outcome.mirror_problem = False, f"{error}; the results are kept, `basd sync` sends them later"
+    except KeyboardInterrupt:
+        mirror.close()
+        outcome.interrupted, outcome.mirrored = True, not mirror.pending()
+    outcome.seconds["mirror"] = time.monotonic() - began
+
+
+def sync(plan: Plan, options: GridOptions, timeout: float = 600.0) -> Outcome:
+    """`basd sync`: send what MLflow does not have yet; trains nothing."""
+    check_tracking(options.tracking_uri)
+    ledger = Ledger(options.ledger_url, plan.setting, retries=options.retries, grace=options.grace)
+    outcome = Outcome()
+    mirror = mirror_of(plan, options, ledger)
+    states = ledger.arms(list(plan.arms))
+    for key in plan.arms:
+        state = states.get(key)
+        if state is not None and state.state != "running":
+            mirror.conclude(options.arm_directory(plan.setting, key), "FAILED" if state.permanent else "KILLED")
+    outcome.complete = [key for key, state in states.items() if state.state == "complete"]
+    outcome.mirrored = mirror.drain(timeout)
+    outcome.mirror_problem = mirror.problem
+    return outcome
+
+
+@contextmanager
+def _terminations() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does (only the main thread may set handlers)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def summary(plan: Plan, outcome: Outcome) -> list[str]:
+    """The outcome in a few lines for people."""
+    lines = [
+        f"{plan.name}: {len(outcome.complete)} of {len(plan.arms)} arms complete, {outcome.trained} trained in this call"
+    ]
+    lines[0] += f" ({duration(outcome.wall_seconds)})."
+    for key, failure in outcome.failed.items():
+        where = f"; log: {failure.log}" if failure.log else ""
+        lines.append(f"Failed: {plan.arms[key].name} seed={plan.arms[key].seed}: {failure.reason}{where}")
+    if outcome.missing and not outcome.interrupted:
+        lines.append(f"{len(outcome.missing)} arms are missing; run `basd grid {plan.name}` again.")
+    if not outcome.mirrored:
+        lines.append(outcome.mirror_problem or "MLflow does not have everything yet; `basd sync` sends the rest.")
+    return lines

@@ -1,0 +1,40 @@
+"""`basd train -m`: Hydra's multirun over arms, with any launcher or sweeper, e.g. `basd train -m seed=0,1 selector=uniform,forward`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from basd.cli import console
+from basd.compose import register
+from basd.errors import UserError
+from basd.grid.single import train_one
+
+# In the environment, so that it reaches a job wherever a launcher runs it.
+AGAIN = "BASD_TRAIN_AGAIN"
+
+
+def job(_config: DictConfig) -> float:
+    """One combination: train its arm. Returns val/top1 for a sweeper to maximise; the test set chooses nothing."""
+    overrides = list(HydraConfig.get().overrides.task)
+    screen = console(quiet=True)
+    try:
+        status, metrics = train_one(overrides, screen=screen, again=bool(os.environ.get(AGAIN)), quiet=True)
+    except UserError as error:
+        screen.print(f"basd: {' '.join(overrides)}: {error}", markup=False)
+        return float("nan")
+    return metrics.get("val/top1", float("nan")) if status == 0 else float("nan")
+
+
+def multirun(overrides: Sequence[str], *, again: bool) -> int:
+    """Hand the command line to Hydra. Interrupted, run it again: finished arms are not repeated."""
+    register()
+    os.environ[AGAIN] = "1" if again else ""
+    sys.argv = ["basd train", "--multirun", *overrides]
+    hydra.main(config_path="pkg://basd.conf", config_name="config")(job)()
+    return 0

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its journal on disk, and the mirror that copies journals to MLflow."""

@@ -1,0 +1,1 @@
+"""Training: frozen arms in, checkpoints, metrics and students out."""

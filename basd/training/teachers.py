@@ -1,0 +1,180 @@
+"""Teachers made ready: built, fitted on first use under a file lock, cached, and named by a hash of their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from basd.config import digest
+from basd.data.images import Splits, epoch_order, fingerprint
+from basd.data.views import clean_view, eval_view, normalize
+from basd.errors import UserError
+from basd.evaluation.classification import classification_metrics, predict
+from basd.models.teacher import DigitsViTConfig, build_digits_vit, build_timm_teacher
+from basd.training import random_streams as streams
+from basd.training.recipe import learning_rate
+
+
+@dataclass
+class PreparedTeacher:
+    """A teacher's model (eval mode, CPU), the hash of its weights, its test accuracy where it has a head, its file."""
+
+    model: VisionTransformer
+    fingerprint: str
+    test_top1: float | None
+    path: Path | None
+    fitted_now: bool = False
+
+
+def cache_directory() -> Path:
+    """$BASD_CACHE, or `basd` in the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basd"
+    return Path(os.environ.get("BASD_CACHE") or default)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits of the names and values of a model's state."""
+    hasher = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        hasher.update(name.encode())
+        hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def statistics_of(teacher: Any, data: Any) -> tuple[list[float], list[float]]:
+    """Channel mean and standard deviation the teacher's input is normalised with."""
+    owner = teacher if hasattr(teacher, "mean") else data
+    return owner.mean, owner.std
+
+
+def prepare_teacher(
+    teacher: Any, data: Any, splits: Splits, progress: Callable[[int, int], None] | None = None
+) -> PreparedTeacher:
+    """The teacher that a configuration names. `progress(step, steps)` is called while one is fitted."""
+    if isinstance(teacher, DigitsViTConfig):
+        return _digits_vit(teacher, data, splits, progress)
+    with streams.isolated(0, "teacher_init"):
+        model = build_timm_teacher(teacher)
+    return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None)
+
+
+def _cache_path(config: DigitsViTConfig, data: Any, splits: Splits) -> Path:
+    key = digest(
+        {"teacher": dataclasses.asdict(config), "data": dataclasses.asdict(data), "content": fingerprint(splits)}
+    )
+    return cache_directory() / "teachers" / f"digits_vit-{key}.safetensors"
+
+
+def cached_teacher(config: DigitsViTConfig, data: Any, splits: Splits) -> Path | None:
+    """Where the fitted teacher lies, or None if it was not fitted yet."""
+    path = _cache_path(config, data, splits) if config.weights is None else Path(config.weights)
+    return path if path.exists() else None
+
+
+def _digits_vit(
+    config: DigitsViTConfig, data: Any, splits: Splits, progress: Callable[[int, int], None] | None
+) -> PreparedTeacher:
+    with streams.isolated(config.seed, streams.TEACHER_FIT):
+        model = build_digits_vit(config, splits.train.classes)
+    if config.weights is not None:
+        _load_into(model, Path(config.weights))
+        return PreparedTeacher(model.eval(), weights_fingerprint(model), None, Path(config.weights))
+    path = _cache_path(config, data, splits)
+    folder, facts = path.parent, path.with_suffix(".json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            fitted_now = not (path.exists() and facts.exists())
+            if fitted_now:
+                top1 = fit_classifier(model, config, data, splits, progress)
+                fresh = path.with_suffix(".tmp")
+                save_file(model.state_dict(), fresh)
+                os.replace(fresh, path)
+                facts.write_text(json.dumps({"test_top1": top1}))
+            else:
+                _load_into(model, path)
+    except OSError as error:
+        raise UserError(
+            f"the cache directory {folder} cannot be written ({error.strerror}); set BASD_CACHE to one that can."
+        ) from error
+    top1 = float(json.loads(facts.read_text())["test_top1"])
+    return PreparedTeacher(model.eval(), weights_fingerprint(model), top1, path, fitted_now)
+
+
+def _load_into(model: VisionTransformer, path: Path) -> None:
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise UserError(f"teacher.weights={path} does not exist.") from error
+    except Exception as error:
+        raise UserError(
+            f"{path} does not hold the weights of this teacher (damaged, or of another size); remove the file or correct "
+            "teacher.weights."
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path):
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fit_classifier(
+    model: VisionTransformer,
+    config: DigitsViTConfig,
+    data: Any,
+    splits: Splits,
+    progress: Callable[[int, int], None] | None,
+) -> float:
+    """Train the teacher on the training split for a fixed number of epochs; returns test top-1, read once, at the end."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    train = splits.train.to(device)
+    batches = len(train) // config.batch_size
+    total = batches * config.epochs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    step = 0
+    for epoch in range(config.epochs):
+        for indices in epoch_order(
+            len(train), config.batch_size, streams.generator(config.seed, "teacher_order", epoch)
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, math.ceil(0.1 * total), config.lr, config.lr * 0.01)
+            images, labels = train.batch(indices)
+            view, _ = clean_view(
+                images, data, config.image_size, streams.generator(config.seed, "teacher_view", epoch, step)
+            )
+            model.train()
+            with streams.isolated(config.seed, streams.TEACHER_FIT, epoch, step):
+                loss = F.cross_entropy(model(normalize(view, data.mean, data.std)), labels, label_smoothing=0.1)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if progress is not None:
+                progress(step, total)
+    model.eval()
+
+    def forward(part: torch.Tensor) -> torch.Tensor:
+        return model(normalize(eval_view(part.to(device), config.image_size), data.mean, data.std))
+
+    with torch.no_grad():
+        logits = predict(forward, splits.test.images, 256)
+    model.cpu()
+    return classification_metrics(logits, splits.test.labels)["top1"]

@@ -1,0 +1,1 @@
+"""The ablations: one YAML per table."""

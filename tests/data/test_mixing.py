@@ -1,0 +1,174 @@
+import math
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from timm.data import mixup as timm_mixup
+
+from basd.data import DATASETS, MIXINGS, VIEWS
+from basd.data.mixing import (
+    CutmixConfig,
+    Mix,
+    MixingConfig,
+    MixupConfig,
+    MixupCutmixConfig,
+    NoMixingConfig,
+    draw,
+    soft_labels,
+)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_mix(config: MixingConfig, height: int, width: int, seed: int) -> Mix:
+    mix = draw(config, height, width, generator(seed))
+    assert mix is not None
+    return mix
+
+
+def test_none_is_none() -> None:
+    assert draw(NoMixingConfig(), 48, 48, generator(0)) is None
+
+
+def test_kinds() -> None:
+    kinds = [draw_mix(MixupCutmixConfig(), 48, 48, seed).kind for seed in range(400)]
+    assert 150 < kinds.count("cutmix") < 250
+    assert {draw_mix(MixupConfig(), 48, 48, seed).kind for seed in range(20)} == {"mixup"}
+    assert {draw_mix(CutmixConfig(), 48, 48, seed).kind for seed in range(20)} == {"cutmix"}
+    always = MixupCutmixConfig(switch=1.0), MixupCutmixConfig(switch=0.0)
+    assert {draw_mix(always[0], 48, 48, seed).kind for seed in range(20)} == {"cutmix"}
+    assert {draw_mix(always[1], 48, 48, seed).kind for seed in range(20)} == {"mixup"}
+
+
+def test_same_generator_same_mix() -> None:
+    state = np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index,union-attr]
+    for seed in range(20):
+        assert draw_mix(MixupCutmixConfig(), 48, 32, seed) == draw_mix(MixupCutmixConfig(), 48, 32, seed)
+    assert np.array_equal(state[0], np.random.get_state()[1])  # type: ignore[index]
+    assert torch.equal(state[1], torch.get_rng_state())
+
+
+def test_draws_a_fixed_amount() -> None:
+    states = []
+    for config in (MixupCutmixConfig(), MixupConfig(), CutmixConfig(cutmix_alpha=0.3)):
+        g = generator(5)
+        draw(config, 48, 48, g)
+        states.append(g.get_state())
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("alpha", [0.8, 0.2])
+def test_lambda_has_the_beta_distribution(alpha: float) -> None:
+    lam = torch.tensor([draw_mix(MixupConfig(mixup_alpha=alpha), 8, 8, seed).lam for seed in range(3000)])
+    assert ((lam >= 0) & (lam <= 1)).all()
+    assert abs(lam.mean() - 0.5) < 0.03
+    assert abs(lam.var() - 1 / (4 * (2 * alpha + 1))) < 0.01
+
+
+def test_box_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped = 0
+    for seed in range(200):
+        height, width = 48, 37
+        mix = draw_mix(CutmixConfig(), height, width, seed)
+        g = generator(seed)
+        _, cy, cx = torch.rand(3, generator=g, dtype=torch.float64).tolist()
+        numpy_seed = int(torch.randint(2**62, (), generator=g))
+        lam = np.random.Generator(np.random.PCG64(numpy_seed)).beta(1.0, 1.0)
+        centres = iter([int(cy * height), int(cx * width)])
+        monkeypatch.setattr(np.random, "randint", lambda *_, centres=centres, **__: next(centres))
+        box, corrected = timm_mixup.cutmix_bbox_and_lam((1, 3, height, width), lam)
+        assert mix.box == tuple(int(edge) for edge in box)
+        assert mix.lam == pytest.approx(corrected, abs=1e-12)
+        clipped += abs(corrected - lam) > 0.05
+    assert clipped > 20  # the correction matters
+
+
+def test_cutmix_images_against_a_loop_and_lambda_is_the_pixel_share() -> None:
+    for seed in range(30):
+        mix = draw_mix(CutmixConfig(), 12, 10, seed)
+        assert mix.box is not None
+        x = torch.rand(6, 3, 12, 10, generator=generator(seed))
+        before = x.clone()
+        mixed = mix.mix_images(x)
+        assert torch.equal(x, before)
+        y0, y1, x0, x1 = mix.box
+        own = 0
+        for i in range(12):
+            for j in range(10):
+                partner = y0 <= i < y1 and x0 <= j < x1
+                assert torch.equal(mixed[:, :, i, j], x.flip(0)[:, :, i, j] if partner else x[:, :, i, j])
+                own += not partner
+        assert mix.lam == pytest.approx(own / 120)
+
+
+def test_mixup_images() -> None:
+    mix = draw_mix(MixupConfig(), 12, 12, 3)
+    x = torch.rand(5, 3, 12, 12, generator=generator(4))
+    for i in range(5):
+        torch.testing.assert_close(mix.mix_images(x)[i], mix.lam * x[i] + (1 - mix.lam) * x[4 - i])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [MixupConfig, CutmixConfig])
+def test_labels_are_timms(kind: type, smoothing: float) -> None:
+    labels = torch.tensor([0, 3, 3, 9, 1, 9])
+    for seed in range(10):
+        mix = draw_mix(kind(), 48, 48, seed)
+        soft = mix.mix_labels(labels, 10, smoothing)
+        expected = timm_mixup.mixup_target(labels, 10, mix.lam, smoothing)
+        torch.testing.assert_close(soft, expected)
+        torch.testing.assert_close(soft.sum(1), torch.ones(6))
+    torch.testing.assert_close(soft_labels(labels, 10, smoothing).sum(1), torch.ones(6))
+    assert torch.equal(soft_labels(labels, 10, smoothing).argmax(1), labels)
+
+
+@pytest.mark.parametrize(("grid_h", "grid_w"), [(6, 6), (8, 4), (5, 7), (1, 1), (48, 36)])
+def test_coverage_is_pixel_counting(grid_h: int, grid_w: int) -> None:
+    """Each pixel is cut into grid_h × grid_w small ones, so that every patch holds whole small pixels."""
+    height, width = 48, 36
+    for seed in range(25):
+        mix = draw_mix(CutmixConfig(), height, width, seed)
+        assert mix.box is not None
+        y0, y1, x0, x1 = mix.box
+        shown = torch.zeros(height, width, dtype=torch.float64)
+        shown[y0:y1, x0:x1] = 1
+        small = shown.repeat_interleave(grid_h, 0).repeat_interleave(grid_w, 1)
+        expected = small.view(grid_h, height, grid_w, width).mean(dim=(1, 3)).flatten()
+        coverage = mix.coverage(grid_h, grid_w, height, width)
+        assert coverage.shape == (grid_h * grid_w,) and coverage.dtype == torch.float32
+        torch.testing.assert_close(coverage.double(), expected, atol=1e-6, rtol=0)
+        assert coverage.double().mean().item() == pytest.approx(1 - mix.lam, abs=1e-6)
+
+
+def test_coverage_of_mixup_is_the_partners_share() -> None:
+    mix = Mix("mixup", 0.3)
+    torch.testing.assert_close(mix.coverage(2, 3, 48, 48), torch.full((6,), 0.7))
+
+
+def test_coverage_mixes_patch_means_as_the_image_is_mixed() -> None:
+    """The property that `targets=follow` rests on, with boxes aligned to the patches."""
+    mix = Mix("cutmix", 1 - 16 * 8 / 48**2, (16, 32, 8, 16))
+    x = torch.rand(4, 3, 48, 48, generator=generator(6), dtype=torch.float64)
+
+    def patches(images: torch.Tensor) -> torch.Tensor:
+        return images.view(4, 3, 6, 8, 6, 8).mean(dim=(3, 5)).flatten(2)
+
+    share = mix.coverage(6, 6, 48, 48).double()
+    followed = patches(x) * (1 - share) + mix.partner(patches(x)) * share
+    torch.testing.assert_close(patches(mix.mix_images(x)), followed)
+
+
+@pytest.mark.parametrize("group", [DATASETS, VIEWS, MIXINGS])
+def test_configs_are_well_formed(group: dict[str, type]) -> None:
+    for key, config in group.items():
+        assert config().name == key and fields(config)[0].name == "name"
+        for field in fields(config):
+            value = getattr(config(), field.name)
+            if "choices" in field.metadata:
+                assert value in field.metadata["choices"]
+            if "min" in field.metadata:
+                assert value >= field.metadata["min"]
+            assert field.metadata.get("max", math.inf) >= (value if isinstance(value, (int, float)) else 0)

@@ -1,0 +1,217 @@
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment as timm_ops
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from basd.data.photometric import (
+    OPERATIONS,
+    apply_operations_,
+    color_jitter,
+    grey,
+    operation_arguments,
+    rand_augment,
+)
+
+TIMM_NAMES = {
+    "Posterize": "PosterizeIncreasing",
+    "Solarize": "SolarizeIncreasing",
+    "Color": "ColorIncreasing",
+    "Contrast": "ContrastIncreasing",
+    "Brightness": "BrightnessIncreasing",
+    "Sharpness": "SharpnessIncreasing",
+}
+# PIL truncates, rounds the degenerate image and rounds again
+TOLERANCE = {"AutoContrast": 1, "Color": 2, "Contrast": 2, "Brightness": 1, "Sharpness": 2}
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def byte_images() -> Tensor:
+    """Noise, a dim ramp, a flat image, two levels, and colours: uint8 (6,3,24,20)."""
+    g = generator(0)
+    noise = torch.randint(0, 256, (1, 3, 24, 20), generator=g)
+    ramp = torch.arange(24 * 20).view(1, 1, 24, 20).expand(1, 3, -1, -1) // 5 + 40
+    flat = torch.full((1, 3, 24, 20), 90)
+    two = (noise > 128) * 60 + 100
+    tinted = noise.clone()
+    tinted[:, 1] = tinted[:, 1] // 3
+    dark = noise // 6
+    return torch.cat((noise, ramp, flat, two, tinted, dark)).to(torch.uint8)
+
+
+def apply(images: Tensor, name: str, argument: float) -> Tensor:
+    operation = torch.full((len(images),), OPERATIONS.index(name))
+    return apply_operations_(images.clone(), operation, torch.full((len(images),), argument, dtype=torch.float64))
+
+
+def with_fixed_sign(call: Callable[[], Any], negate: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(random, "random", lambda: 0.9 if negate else 0.1)
+    return call()
+
+
+@pytest.mark.parametrize("negate", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_arguments_are_timms(name: str, negate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    level_to_argument = timm_ops.LEVEL_TO_ARG[TIMM_NAMES.get(name, name)]
+    if level_to_argument is None:
+        return
+    for level in [0.0, 0.1, 2.49, 2.5, 4.999, 5.0, 7.5, 8.3, 9.0, 9.99, 10.0]:
+        (found,) = with_fixed_sign(partial(level_to_argument, level, {}), negate, monkeypatch)
+        got = operation_arguments(
+            torch.tensor([OPERATIONS.index(name)]), torch.tensor([level], dtype=torch.float64), torch.tensor([negate])
+        )
+        # timm's last step, 0 bits, is a black image or an error in Pillow
+        expected = max(found, 1) if name == "Posterize" else found
+        assert got.item() == pytest.approx(expected, abs=1e-12), level
+
+
+@pytest.mark.parametrize("negate", [False, True])
+@pytest.mark.parametrize("level", [0.0, 3.0, 9.0, 10.0])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_timms(name: str, level: float, negate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = byte_images()
+    argument = operation_arguments(
+        torch.tensor([OPERATIONS.index(name)]), torch.tensor([level], dtype=torch.float64), torch.tensor([negate])
+    ).item()
+    got = apply(images.float() / 255, name, argument) * 255
+    if name == "Posterize":
+        level = min(level, 9.9)  # at 10 timm keeps 0 bits, which Pillow refuses
+    reference = timm_ops.AugmentOp(TIMM_NAMES.get(name, name), prob=1.0, magnitude=level)
+    for image, mine in zip(images, got, strict=True):
+        pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+        out = with_fixed_sign(partial(reference, pil), negate, monkeypatch)
+        expected = torch.from_numpy(np.array(out)).permute(2, 0, 1)
+        assert (mine - expected).abs().max() <= TOLERANCE.get(name, 0) + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("Color", TF.adjust_saturation), ("Contrast", TF.adjust_contrast), ("Sharpness", TF.adjust_sharpness)],
+)
+@pytest.mark.parametrize("factor", [0.1, 0.7, 1.0, 1.9])
+def test_blends_are_torchvisions_on_floats(
+    name: str, reference: Callable[[Tensor, float], Tensor], factor: float
+) -> None:
+    x = byte_images().float() / 255
+    # torchvision weighs red with 0.2989 instead of 0.299
+    torch.testing.assert_close(apply(x, name, factor), reference(x, factor), atol=3e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("Color", 1), ("Contrast", 1), ("Brightness", 1), ("Sharpness", 1)],
+)
+def test_blends_change_nothing_at_magnitude_zero(name: str, argument: float) -> None:
+    x = torch.rand(3, 3, 9, 7, generator=generator(1))
+    assert torch.equal(apply(x, name, argument), x)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("Solarize", 256), ("SolarizeAdd", 0), ("Posterize", 8)])
+def test_tables_change_nothing_at_their_identity(name: str, argument: float) -> None:
+    x = byte_images().float() / 255
+    assert torch.equal(apply(x, name, argument), x)
+
+
+def test_mixed_batch_is_one_image_at_a_time() -> None:
+    g = generator(2)
+    x = torch.rand(33, 3, 16, 12, generator=g)
+    operation = torch.arange(33) % 11
+    operation = operation[torch.randperm(33, generator=g)]
+    level = 10 * torch.rand(33, generator=g, dtype=torch.float64)
+    arguments = operation_arguments(operation, level, torch.rand(33, generator=g) < 0.5)
+    together = apply_operations_(x.clone(), operation, arguments)
+    for i in range(33):
+        alone = apply_operations_(x[i : i + 1].clone(), operation[i : i + 1], arguments[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
+    untouched = operation == 10
+    assert torch.equal(together[untouched], x[untouched])
+
+
+def test_rand_augment_against_a_loop() -> None:
+    """One image at a time, from the same random numbers."""
+    x = torch.rand(40, 3, 12, 12, generator=generator(3))
+    got = rand_augment(x, 2, 9, 0.5, 0.5, generator(4))
+    g = generator(4)
+    operation = torch.randint(10, (2, 40), generator=g)
+    done = torch.rand(2, 40, generator=g)
+    noise = torch.randn(2, 40, generator=g, dtype=torch.float64)
+    sign = torch.rand(2, 40, generator=g)
+    for i in range(40):
+        image = x[i : i + 1].clone()
+        for layer in range(2):
+            if done[layer, i] < 0.5:
+                level = min(max(9 + 0.5 * noise[layer, i].item(), 0), 10)
+                name = OPERATIONS[int(operation[layer, i])]
+                argument = operation_arguments(
+                    operation[layer, i : i + 1],
+                    torch.tensor([level], dtype=torch.float64),
+                    sign[layer, i : i + 1] < 0.5,
+                )
+                image = apply(image, name, argument.item())
+        torch.testing.assert_close(got[i : i + 1], image, atol=1e-5, rtol=0)
+
+
+def test_rand_augment_keeps_range_and_input() -> None:
+    x = torch.rand(64, 3, 16, 16, generator=generator(5))
+    before = x.clone()
+    out = rand_augment(x, 3, 9, 0.5, 1.0, generator(6))
+    assert torch.equal(x, before)
+    assert out.min() >= 0 and out.max() <= 1 and not torch.equal(out, x)
+    assert torch.equal(out, rand_augment(x, 3, 9, 0.5, 1.0, generator(6)))
+    assert not torch.equal(out, rand_augment(x, 3, 9, 0.5, 1.0, generator(7)))
+    assert torch.equal(rand_augment(x, 0, 9, 0.5, 1.0, generator(6)), x)
+
+
+def test_draws_do_not_depend_on_settings_or_images() -> None:
+    """Rows of a table that differ in strength see the same random numbers afterwards."""
+    states = []
+    for probability, magnitude, jitter, images in [
+        (0.0, 9.0, 0.0, torch.zeros(8, 3, 6, 6)),
+        (1.0, 2.0, 0.4, torch.rand(8, 3, 9, 9, generator=generator(0))),
+    ]:
+        g = generator(8)
+        rand_augment(images, 2, magnitude, 0.5, probability, g)
+        color_jitter(images, jitter, g)
+        states.append(g.get_state())
+    assert torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_color_jitter_against_torchvision(strength: float) -> None:
+    x = torch.rand(24, 3, 10, 10, generator=generator(9))
+    before = x.clone()
+    got = color_jitter(x, strength, generator(10))
+    assert torch.equal(x, before)
+    g = generator(10)
+    uniform = torch.rand(24, 3, generator=g)
+    order = torch.rand(24, 3, generator=g).argsort(dim=1)
+    functions = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+    for i in range(24):
+        image = x[i]
+        for which in order[i].tolist():
+            factor = max(0, 1 - strength) + (1 + strength - max(0, 1 - strength)) * uniform[i, which].item()
+            image = functions[which](image, factor)
+        torch.testing.assert_close(got[i], image, atol=1e-3, rtol=0)
+    assert len({tuple(row) for row in order.tolist()}) == 6  # every order occurs
+
+
+def test_color_jitter_of_zero_is_nothing() -> None:
+    x = torch.rand(4, 3, 5, 5, generator=generator(11))
+    assert torch.equal(color_jitter(x, 0.0, generator(12)), x)
+
+
+def test_grey_is_pils() -> None:
+    image = byte_images()[4]
+    expected = np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L"))
+    got = grey(image[None].float())[0, 0]
+    assert (got - torch.from_numpy(expected)).abs().max() <= 0.51

@@ -1,0 +1,196 @@
+"""A worker: one arm's trouble is its own, and nothing that was claimed is left hanging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grid_fakes
+import pytest
+from grid_fakes import SETTING, make_arm
+
+from basd.config import FrozenArm
+from basd.grid.ledger import Ledger
+from basd.grid.options import GridOptions
+from basd.grid.worker import Worker
+from basd.tracking.files import FileLock
+from basd.tracking.journal import Journal, last_event, read_events
+
+
+class Bench:
+    """A ledger and a run directory of their own."""
+
+    def __init__(self, root: Path, arms: list[FrozenArm], **options: Any) -> None:
+        self.options = GridOptions(directory=str(root / "runs"), ledger_url=f"sqlite:///{root}/ledger.db", **options)
+        self.arms = {arm.arm_key: arm for arm in arms}
+        self.keys = list(self.arms)
+        self.ledger().ensure(arms, {}, "table")
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.options.ledger_url, SETTING, retries=self.options.retries, grace=self.options.grace)
+
+    def work(self, train: Any = grid_fakes.train_cohort, **options: Any) -> int:
+        return Worker(self.arms, self.ledger(), self.options, train=train, **options).work()
+
+    def states(self) -> list[str]:
+        return [state.state for state in self.ledger().arms(self.keys).values()]
+
+    def directory(self, number: int) -> Path:
+        return self.options.arm_directory(SETTING, self.keys[number])
+
+    def trainings(self, number: int) -> list[int]:
+        """The steps at which trainings of an arm began."""
+        path = self.directory(number) / "trainings.txt"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def test_trains_every_arm_cohort_by_cohort(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(row, seed) for row in range(2) for seed in range(2)])
+    seen = []
+
+    def train(arms: Any, *rest: Any, **callbacks: Any) -> Any:
+        seen.append([arm.seed for arm in arms])
+        return grid_fakes.train_cohort(arms, *rest, **callbacks)
+
+    assert bench.work(train) == 4
+    assert seen == [[0, 0], [1, 1]]
+    assert bench.states() == ["complete"] * 4
+    directory = bench.directory(0)
+    event = last_event(directory)
+    assert event is not None and event.end == "complete" and event.metrics["test/top1"] == 0.5
+    assert bench.ledger().arms()[bench.keys[0]].metrics == event.metrics
+    assert json.loads((directory / "arm.json").read_text()) == bench.arms[bench.keys[0]].to_dict()
+    assert (directory / "config.yaml").read_text().startswith("seed: 0\n")
+    assert json.loads((directory / "progress.json").read_text())["step"] == 4
+    assert bench.work() == 0  # a second worker finds nothing to do
+    assert bench.trainings(0) == [0]
+
+
+def test_failure_of_one_arm_leaves_the_others_alone(tmp_path: Path) -> None:
+    arms = [make_arm(0, 0), make_arm(1, 0, fail_at=3), make_arm(2, 0, fail_at=3, once=True)]
+    bench = Bench(tmp_path, arms, retries=1)
+    assert bench.work(log_path="worker.log") == 2
+    assert bench.states() == ["complete", "failed", "complete"]
+    state = bench.ledger().arms()[bench.keys[1]]
+    assert (state.reason, state.log, state.permanent) == ("loss is not finite at step 3", "worker.log", True)
+    assert bench.trainings(1) == [0, 2] and bench.trainings(2) == [0, 2]  # one retry, from the checkpoint
+    steps = [event.step for event in read_events(bench.directory(2) / "journal.jsonl") if not event.end]
+    assert steps == [1, 2, 3, 4, 4]
+
+
+def test_failure_of_a_cohort_fails_its_arms_with_a_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0, cohort_error=True), make_arm(1, 0), make_arm(0, 1)], retries=0)
+    assert bench.work() == 1
+    assert bench.states() == ["failed", "failed", "complete"]
+    assert bench.ledger().arms()[bench.keys[1]].reason == "RuntimeError: no memory left on the device"
+    assert "Traceback" in caplog.text
+
+
+def test_stop_gives_back_and_the_next_worker_goes_on(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0, steps=10), make_arm(1, 0, steps=10)])
+    calls = 0
+
+    def stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 10
+
+    assert bench.work(stop=stop) == 0
+    assert bench.states() == ["waiting", "waiting"]
+    assert last_event(bench.directory(0)).end == "stopped"  # type: ignore[union-attr]
+    assert bench.work() == 2
+    begun = bench.trainings(0)
+    assert begun[0] == 0 and begun[1] > 0
+    steps = [event.step for event in read_events(bench.directory(0) / "journal.jsonl") if not event.end]
+    assert steps == [*range(1, 11), 10]
+    assert {state.retries for state in bench.ledger().arms().values()} == {0}
+
+
+def test_arm_that_was_taken_away_is_left(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0, steps=10), make_arm(1, 0)])
+    worker_ledger = bench.ledger()
+
+    def train(arms: Any, *rest: Any, **callbacks: Any) -> Any:
+        # somebody judges the first arm stale, and its next try completes elsewhere
+        watcher = bench.ledger()
+        trial = watcher.arms()[bench.keys[0]].trial_id
+        from optuna.trial import TrialState
+
+        watcher._database.storage.set_trial_state_values(trial, TrialState.FAIL)
+        watcher.ensure([bench.arms[bench.keys[0]]], {}, "table")
+        return grid_fakes.train_cohort(arms, *rest, **callbacks)
+
+    worker = Worker(bench.arms, worker_ledger, bench.options, train=train)
+    worker._cohort(worker_ledger.claim(bench.keys, 2))
+    worker_ledger.close()
+    assert bench.states() == ["waiting", "complete"]
+    event = last_event(bench.directory(0))
+    assert event is None or not event.end  # the journal belongs to the other one
+
+
+def test_directory_of_a_process_that_still_lives_is_not_touched(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0), make_arm(1, 0)])
+    lock = FileLock(bench.directory(0) / "arm.lock")
+    assert lock.acquire(0)
+    looks = 0
+
+    def stop() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > 6
+
+    assert bench.work(stop=stop) == 1
+    assert bench.states() == ["waiting", "complete"]
+    assert bench.trainings(0) == []
+    lock.release()
+    assert bench.work() == 1
+
+
+def test_arm_whose_journal_is_closed_is_not_trained_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0)])
+    journal = Journal(bench.directory(0))
+    journal.end("complete", "", {"test/top1": 0.25})
+    journal.close()
+    assert bench.work() == 1
+    assert bench.trainings(0) == []
+    assert bench.ledger().arms()[bench.keys[0]].metrics == {"test/top1": 0.25}
+
+
+def test_arm_begun_by_other_code_starts_anew(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0)])
+    directory = bench.directory(0)
+    directory.mkdir(parents=True)
+    (directory / "arm.json").write_text(json.dumps(make_arm(0, 0, version="v0").to_dict()))
+    (directory / "checkpoint.pt").write_bytes(b"old")
+    assert bench.work() == 1
+    assert not (directory / "checkpoint.pt").exists()
+    assert json.loads((directory / "arm.json").read_text())["version"] == "v1"
+
+
+def test_ledger_locked_at_the_end_of_training_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from basd.errors import UserError
+
+    bench = Bench(tmp_path, [make_arm(0, 0)])
+    complete = Ledger.complete
+    refusals = 2
+
+    def sometimes(self: Ledger, key: str, metrics: Any) -> bool:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise UserError("the ledger stayed locked")
+        return complete(self, key, metrics)
+
+    monkeypatch.setattr(Ledger, "complete", sometimes)
+    assert bench.work() == 1
+    assert bench.states() == ["complete"]
+
+
+def test_directory_that_cannot_be_written_fails_the_arm(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0), make_arm(1, 0)], retries=0)
+    bench.directory(0).parent.mkdir(parents=True)
+    bench.directory(0).write_text("a file where the directory should be")
+    assert bench.work() == 1
+    assert bench.states() == ["failed", "complete"]
+    assert "cannot be written" in bench.ledger().arms()[bench.keys[0]].reason
