@@ -7,6 +7,7 @@ import importlib.resources
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,23 @@ class Composed:
 
 def compose(overrides: Sequence[str] = ()) -> Composed:
     """The configuration that presets and overrides describe; one `UserError` lists everything that is wrong."""
+    return _composed(tuple(overrides))
+
+
+@lru_cache(maxsize=256)
+def _composed(overrides: tuple[str, ...]) -> Composed:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_module("basd.conf", job_name="basd"):
-        problems = _override_problems(overrides)
-        if problems:
-            raise UserError(join_problems(problems))
-        composed = _compose(overrides)
+        problems = _form_problems(overrides)
+        if not problems:
+            try:
+                composed = _compose(overrides)
+            except UserError as error:
+                # Hydra stops at the first error and speaks of its own insides; look at each override by itself
+                problems = _override_problems(overrides) or [str(error)]
+    if problems:
+        raise UserError(join_problems(problems))
     chosen = composed.hydra.runtime.choices
     choices = {str(key): str(value) for key, value in chosen.items() if "/" not in str(key)}
     values = {str(key): _plain_values(composed[key]) for key in composed if key != "hydra"}
@@ -132,40 +143,44 @@ def _plain(error: Exception) -> str:
     return "; ".join(lines[:2])
 
 
-def _override_problems(overrides: Sequence[str]) -> list[str]:
-    """What is wrong with each override, before anything is built from them together."""
+def _form_problems(overrides: Sequence[str]) -> list[str]:
+    """Overrides that are not KEY=VALUE with one value."""
     parser = OverridesParser.create()
-    choices = group_choices()
     problems: list[str] = []
-    groups: list[str] = []
-    values: list[tuple[str, str, Any]] = []
     for text in overrides:
         try:
             override = parser.parse_override(text)
         except HydraException:
             problems.append(f'"{text}" is not an override; write KEY=VALUE, such as seed=1')
             continue
-        key = override.key_or_group
         if override.is_sweep_override():
             problems.append(f'"{text}" holds several values; one is needed here (`basd train -m` runs several)')
-        elif key in choices and not isinstance(override.value(), dict | list):
-            if str(override.value()) not in choices[key]:
-                problems.append(f"{key}={override.value()} is not known {suggest(str(override.value()), choices[key])}")
-            else:
-                groups.append(text)
         elif override.is_delete() or override.is_add():
             problems.append(f'"{text}": settings cannot be added or removed; write KEY=VALUE')
+    return problems
+
+
+def _override_problems(overrides: Sequence[str]) -> list[str]:
+    """What is wrong with each override by itself."""
+    parser = OverridesParser.create()
+    choices = group_choices()
+    problems: list[str] = []
+    groups: list[str] = []
+    values: list[tuple[str, str, Any]] = []
+    for text in overrides:
+        override = parser.parse_override(text)
+        key, value = override.key_or_group, override.value()
+        if key not in choices or isinstance(value, dict | list):
+            values.append((text, key, value))
+        elif str(value) not in choices[key]:
+            problems.append(f"{key}={value} is not known {suggest(str(value), choices[key])}")
         else:
-            values.append((text, key, override.value()))
+            groups.append(text)
     if problems:
         # without the groups, values cannot be checked against the right schema
         return problems
     base = _compose(groups)
-    for text, key, value in values:
-        problem = _value_problem(base, text, key, value)
-        if problem:
-            problems.append(problem)
-    return problems
+    return [problem for text, key, value in values if (problem := _value_problem(base, text, key, value))]
 
 
 def _value_problem(base: Any, text: str, key: str, value: Any) -> str | None:

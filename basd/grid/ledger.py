@@ -106,8 +106,9 @@ class Ledger:
                     "name": arm.name,
                     "version": arm.version,
                     "retry": state.retries + 1 if state and not state.permanent else 0,
-                    f"row/{ablation}": ", ".join(labels.get(arm.arm_key, ())),
                 }
+                if labels.get(arm.arm_key):
+                    fields[f"row/{ablation}"] = ", ".join(labels[arm.arm_key])
                 self._enqueue(fields)
                 added.append(arm.arm_key)
         return added
@@ -261,10 +262,13 @@ class Ledger:
         return reaped
 
     def close(self) -> None:
-        """Stop the counter thread; arms still held become stale after `grace`."""
-        self._quit.set()
-        if self._beating is not None:
-            self._beating.join(timeout=5.0)
+        """Stop the counter thread; arms still held become stale after `grace`. A later claim starts a new one."""
+        with self._guard:
+            thread, self._beating = self._beating, None
+            self._quit.set()
+            self._quit = threading.Event()
+        if thread is not None:
+            thread.join(timeout=5.0)
 
     # Inside
 
@@ -385,14 +389,14 @@ class Ledger:
     def _start_beating(self) -> None:
         with self._guard:
             if self._beating is None:
-                self._beating = threading.Thread(target=self._beat, name="basd-beat", daemon=True)
+                self._beating = threading.Thread(target=self._beat, args=(self._quit,), name="basd-beat", daemon=True)
                 self._beating.start()
 
-    def _beat(self) -> None:
+    def _beat(self, quit_event: threading.Event) -> None:
         from optuna.exceptions import UpdateFinishedTrialError
 
         count = 0
-        while not self._quit.wait(self.grace / 5):
+        while not quit_event.wait(self.grace / 5):
             count += 1
             with self._guard:
                 held = list(self._held.items())

@@ -26,14 +26,14 @@ class DigitsViTConfig:
     """
 
     name: str = "digits_vit"
-    image_size: int = field(default=48, metadata={"min": 1})
-    patch_size: int = field(default=6, metadata={"min": 1})
+    image_size: int = field(default=40, metadata={"min": 1})
+    patch_size: int = field(default=5, metadata={"min": 1})
     width: int = field(default=96, metadata={"min": 1})
-    depth: int = field(default=6, metadata={"min": 1})
-    heads: int = field(default=6, metadata={"min": 1})
-    epochs: int = field(default=60, metadata={"min": 1})
-    batch_size: int = field(default=64, metadata={"min": 2})
-    lr: float = field(default=1e-3, metadata={"min": 0.0})
+    depth: int = field(default=4, metadata={"min": 1})
+    heads: int = field(default=4, metadata={"min": 1})
+    epochs: int = field(default=30, metadata={"min": 1})
+    batch_size: int = field(default=32, metadata={"min": 2})
+    lr: float = field(default=2e-3, metadata={"min": 0.0})
     weight_decay: float = field(default=0.05, metadata={"min": 0.0})
     seed: int = 0
     # A safetensors file to use instead of fitting one.

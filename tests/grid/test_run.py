@@ -117,6 +117,7 @@ def start_grid(options: GridOptions, **plan: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_two_grids_at_once_share_the_work(options: GridOptions) -> None:
     plan = make_plan(3, 2, steps=4, sleep=0.05)
     with ThreadPoolExecutor() as pool:

@@ -1,0 +1,132 @@
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from basd.models.student import StudentConfig, TappedStudent, build_student, extraction_points
+
+TINY = StudentConfig(image_size=24, patch_size=8, width=12, depth=4, heads=2)
+
+
+def test_default_student_is_deit_tiny() -> None:
+    student = build_student(StudentConfig(), 1000).eval()
+    assert sum(p.numel() for p in student.parameters()) == 5_717_416
+    other = timm.create_model("deit_tiny_patch16_224", pretrained=False).eval()
+    x = torch.randn(1, 3, 224, 224)
+    other.load_state_dict(student.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(student(x), other(x))
+        fresh = build_student(StudentConfig(), 1000).eval()
+        assert not torch.equal(fresh(x), other(x))
+        fresh.load_state_dict(other.state_dict(), strict=True)
+        assert torch.equal(fresh(x), other(x))
+    epsilons = {m.eps for m in student.modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert epsilons == {1e-6}
+
+
+def test_settings_reach_the_model() -> None:
+    config = StudentConfig(
+        image_size=24, patch_size=8, width=12, depth=4, heads=2, mlp_ratio=3.0, drop_path=0.3, points=2
+    )
+    student = build_student(config, 7)
+    assert student.patch_embed.grid_size == (3, 3)
+    assert student.head.out_features == 7
+    assert len(student.blocks) == 4
+    assert student.blocks[0].attn.num_heads == 2
+    assert student.blocks[0].mlp.fc1.out_features == 36
+    # stochastic depth grows linearly to its setting
+    assert student.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert student.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "points, depth, expected",
+    [
+        (4, 12, (2, 5, 8, 11)),
+        (1, 12, (11,)),
+        (12, 12, tuple(range(12))),
+        (4, 4, (0, 1, 2, 3)),
+        (3, 4, (0, 2, 3)),
+        (4, 6, (1, 2, 4, 5)),
+        (4, 24, (5, 11, 17, 23)),
+        ([1, 3], 4, (1, 3)),
+    ],
+)
+def test_extraction_points(points: int | list[int], depth: int, expected: tuple[int, ...]) -> None:
+    assert extraction_points(points, depth) == expected
+
+
+def test_any_count_of_points_is_increasing_and_ends_at_the_last_block() -> None:
+    for depth in range(1, 25):
+        for count in range(1, depth + 1):
+            points = extraction_points(count, depth)
+            assert len(points) == count and points[-1] == depth - 1 and points[0] >= 0
+            assert list(points) == sorted(set(points))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_tapped_student_reads_without_changing(mode: str) -> None:
+    torch.manual_seed(0)
+    student = build_student(TINY, 5).train(mode == "train")
+    plain, x = copy.deepcopy(student), torch.randn(3, 3, 24, 24)
+    tapped = TappedStudent(student, (1, 3), attention=True)
+    torch.manual_seed(1)
+    out = tapped(x)
+    torch.manual_seed(1)
+    assert torch.equal(out.logits, plain(x))
+    assert out.tokens is not None and out.scores is not None
+    assert out.tokens.shape == (2, 3, 9, 12) and out.scores.shape == (2, 3, 2, 10, 10)
+    assert set(student.state_dict()) == set(plain.state_dict())
+
+
+def test_tokens_and_scores_are_those_of_the_points() -> None:
+    torch.manual_seed(0)
+    student = build_student(TINY, 5).eval()
+    x = torch.randn(2, 3, 24, 24)
+    out = TappedStudent(student, (0, 2), attention=True)(x)
+    hidden = student._pos_embed(student.patch_embed(x))
+    for index, block in enumerate(student.blocks):
+        normed = block.norm1(hidden)
+        hidden = block(hidden)
+        if index not in (0, 2):
+            continue
+        at = (0, 2).index(index)
+        torch.testing.assert_close(out.tokens[at], hidden[:, 1:])  # type: ignore[index]
+        qkv = block.attn.qkv(normed).reshape(2, 10, 3, 2, 6)
+        for head in range(2):
+            scores = qkv[:, :, 0, head] @ qkv[:, :, 1, head].transpose(1, 2) / 6**0.5
+            torch.testing.assert_close(out.scores[at][:, head], scores, rtol=1e-4, atol=1e-5)  # type: ignore[index]
+
+
+def test_gradients_flow_through_the_taps() -> None:
+    student = build_student(TINY, 5)
+    out = TappedStudent(student, (1,), attention=True)(torch.randn(2, 3, 24, 24))
+    assert out.tokens is not None and out.scores is not None
+    (out.tokens.square().mean() + out.scores.square().mean()).backward()
+    assert student.blocks[1].attn.qkv.weight.grad is not None
+    assert student.blocks[2].attn.qkv.weight.grad is None
+
+
+def test_without_points_only_logits() -> None:
+    student = build_student(TINY, 5)
+    out = TappedStudent(student, (), attention=False)(torch.randn(2, 3, 24, 24))
+    assert out.tokens is None and out.scores is None and out.logits.shape == (2, 5)
+
+
+def test_without_attention_no_scores() -> None:
+    student = build_student(TINY, 5)
+    out = TappedStudent(student, (3,), attention=False)(torch.randn(2, 3, 24, 24))
+    assert out.tokens is not None and out.scores is None
+
+
+def test_registers_are_dropped_from_tokens_and_scores() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=(8, 12), patch_size=4, num_classes=3, embed_dim=12, depth=2, num_heads=2, reg_tokens=2
+    ).eval()
+    out = TappedStudent(model, (1,), attention=True)(torch.randn(2, 3, 8, 12))
+    assert out.tokens is not None and out.scores is not None
+    assert out.tokens.shape == (1, 2, 6, 12)
+    assert out.scores.shape == (1, 2, 2, 7, 7)

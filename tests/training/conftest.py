@@ -1,0 +1,39 @@
+"""Tiny arms on the real digits: a few seconds for everything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tiny import TINY
+
+from basd.compose import compose
+from basd.config import FrozenArm
+from basd.grid.plan import Preparer, freeze
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def preparer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preparer]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("BASD_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield Preparer()
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_arm(preparer: Preparer) -> Callable[..., FrozenArm]:
+    """tiny_arm("method=ce", …, seed=1): the frozen arm of these overrides."""
+
+    def make(*overrides: str, seed: int = 0) -> FrozenArm:
+        composed = compose([*TINY, *overrides])
+        composed = dataclasses.replace(composed, config=dataclasses.replace(composed.config, seed=seed))
+        return freeze(composed, "tiny", preparer(composed.config))
+
+    return make

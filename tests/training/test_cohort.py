@@ -1,0 +1,256 @@
+"""One loop for one arm or many: the same bits alone and in any cohort, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import MemoryRecorder, same_bits, state_of
+
+from basd.config import FrozenArm
+from basd.training import cohort as cohort_module
+from basd.training.arm import TrainingArm
+from basd.training.checkpoint import CURRENT, PREVIOUS
+from basd.training.cohort import train_cohort, write_arm
+
+MakeArm = Callable[..., FrozenArm]
+
+VARIANTS = {
+    "basd": (),
+    "without_rsd": ("losses.rsd.enabled=false",),
+    "attn_only": ("losses.rsd.enabled=false", "losses.rel.enabled=false", "losses.spectral.enabled=false"),
+    "uniform": ("selector=uniform", "token_aligner=interpolate", "weighting=equal", "warmup=none"),
+    "forward": ("selector=forward", "weighting=fixed", "warmup=simultaneous", "mixing=cutmix"),
+    "single": ("views=single", "mixing=none", "selector.entropy=spread"),
+    "independent": ("views.geometry=independent", "mixing=mixup", "token_aligner.gradient=detached"),
+    "clean_targets": ("mixing.targets=clean", "weighting.order=ramp_then_weights", "weighting.scale=none"),
+    "ce": ("method=ce",),
+}
+
+
+def run(arms: list[FrozenArm], folder: Path, **callbacks) -> tuple[list[MemoryRecorder], list]:
+    recorders = [MemoryRecorder() for _ in arms]
+    directories = [folder / arm.arm_key for arm in arms]
+    results = train_cohort(arms, directories, recorders, **callbacks)
+    return recorders, results
+
+
+@pytest.fixture(scope="module")
+def together(tiny_arm: MakeArm, tmp_path_factory: pytest.TempPathFactory):
+    """All variants trained as one cohort."""
+    folder = tmp_path_factory.mktemp("together")
+    arms = {name: tiny_arm(*overrides) for name, overrides in VARIANTS.items()}
+    recorders, results = run(list(arms.values()), folder)
+    assert [result.status for result in results] == ["complete"] * len(arms)
+    return folder, arms, dict(zip(arms, recorders, strict=True)), {result.arm_key: result for result in results}
+
+
+def test_every_arm_of_the_cohort_has_its_own_key_and_result(together) -> None:
+    folder, arms, recorders, results = together
+    assert len({arm.arm_key for arm in arms.values()}) == len(arms)
+    assert len({arm.cohort_key for arm in arms.values()}) == 1
+    for name, arm in arms.items():
+        final = recorders[name].results[-1][1]
+        assert final["test/top1"] == results[arm.arm_key].metrics["test/top1"]
+        assert {"test/top5", "test/nll", "test/ece"} <= final.keys()
+        assert state_of(folder / arm.arm_key).keys() == state_of(folder / arms["ce"].arm_key).keys()
+        assert not list((folder / arm.arm_key).glob("checkpoint*")), "a complete arm keeps no checkpoint"
+    states = [state_of(folder / arm.arm_key)["head.weight"] for arm in arms.values()]
+    assert not any(torch.equal(states[0], other) for other in states[1:])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_alone_is_bit_equal_to_the_cohort(together, name: str, tmp_path: Path) -> None:
+    folder, arms, recorders, _ = together
+    (alone,), _ = run([arms[name]], tmp_path)
+    assert alone.results == recorders[name].results
+    assert same_bits(state_of(tmp_path / arms[name].arm_key), state_of(folder / arms[name].arm_key))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("after", [3, 11])
+def test_stopped_and_started_again_is_bit_equal(together, name: str, after: int, tmp_path: Path) -> None:
+    folder, arms, recorders, _ = together
+    arm = arms[name]
+    recorder = MemoryRecorder()
+    steps = 0
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps > after
+
+    (first,) = train_cohort([arm], [tmp_path], [recorder], stop=stop)
+    assert first.status == "stopped"
+    (second,) = train_cohort([arm], [tmp_path], [recorder])
+    assert second.status == "complete"
+    assert recorder.results == recorders[name].results
+    assert same_bits(state_of(tmp_path), state_of(folder / arm.arm_key))
+
+
+def test_arms_at_different_steps_make_one_cohort(together, tmp_path: Path) -> None:
+    folder, arms, recorders, _ = together
+    chosen = [arms["basd"], arms["ce"], arms["forward"]]
+    records = [MemoryRecorder() for _ in chosen]
+    directories = [tmp_path / arm.arm_key for arm in chosen]
+    for arm, directory, recorder, after in zip(chosen, directories, records, (7, 0, 3), strict=True):
+        if after:
+            calls = iter(range(100))
+            train_cohort([arm], [directory], [recorder], stop=lambda after=after, calls=calls: next(calls) >= after)
+    results = train_cohort(chosen, directories, records)
+    assert {result.status for result in results} == {"complete"}
+    for name, arm, recorder in zip(("basd", "ce", "forward"), chosen, records, strict=True):
+        assert recorder.results == recorders[name].results
+        assert same_bits(state_of(tmp_path / arm.arm_key), state_of(folder / arm.arm_key))
+
+
+def test_other_seeds_are_other_arms(tiny_arm: MakeArm, together, tmp_path: Path) -> None:
+    folder, arms, _, _ = together
+    other = tiny_arm("method=ce", seed=1)
+    assert other.configuration_key == arms["ce"].configuration_key
+    assert other.arm_key != arms["ce"].arm_key
+    assert other.cohort_key != arms["ce"].cohort_key
+    run([other], tmp_path)
+    assert not same_bits(state_of(tmp_path / other.arm_key), state_of(folder / arms["ce"].arm_key))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone_current", "both_cut"])
+def test_a_damaged_checkpoint_loses_time_but_no_result(together, damage: str, tmp_path: Path) -> None:
+    folder, arms, recorders, _ = together
+    arm, recorder = arms["basd"], MemoryRecorder()
+    calls = iter(range(100))
+    train_cohort([arm], [tmp_path], [recorder], stop=lambda: next(calls) >= 12)
+    assert (tmp_path / CURRENT).exists()
+    assert (tmp_path / PREVIOUS).exists()
+    for name in {"cut": [CURRENT], "gone_current": [], "both_cut": [CURRENT, PREVIOUS]}[damage]:
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    if damage == "gone_current":
+        (tmp_path / CURRENT).unlink()
+    train_cohort([arm], [tmp_path], [recorder])
+    assert recorder.results == recorders["basd"].results
+    assert same_bits(state_of(tmp_path), state_of(folder / arm.arm_key))
+
+
+def test_a_lost_record_starts_the_arm_again(together, tmp_path: Path) -> None:
+    _, arms, recorders, _ = together
+    calls = iter(range(100))
+    train_cohort([arms["ce"]], [tmp_path], [MemoryRecorder()], stop=lambda: next(calls) >= 7)
+    fresh = MemoryRecorder()
+    train_cohort([arms["ce"]], [tmp_path], [fresh])
+    assert fresh.results == recorders["ce"].results
+
+
+def test_one_failing_arm_never_stops_the_others(together, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, arms, recorders, _ = together
+    real = TrainingArm.train_step
+
+    def train_step(self: TrainingArm, batch, teacher):
+        if self.config.method == "basd" and self.step == 4:
+            with torch.no_grad():
+                self.student.head.bias.fill_(float("nan"))
+        return real(self, batch, teacher)
+
+    monkeypatch.setattr(TrainingArm, "train_step", train_step)
+    records, results = run([arms["basd"], arms["ce"]], tmp_path)
+    assert [(result.arm_key, result.status) for result in results] == [
+        (arms["basd"].arm_key, "failed"),
+        (arms["ce"].arm_key, "complete"),
+    ]
+    assert "the loss of step 4 is not finite" in results[0].reason
+    assert records[1].results == recorders["ce"].results
+
+
+def test_an_arm_taken_over_leaves_at_its_next_checkpoint(together, tmp_path: Path) -> None:
+    _, arms, _, _ = together
+    _, results = run([arms["basd"], arms["ce"]], tmp_path, owned=lambda key: key != arms["basd"].arm_key)
+    statuses = {result.arm_key: result.status for result in results}
+    assert statuses == {arms["basd"].arm_key: "stopped", arms["ce"].arm_key: "complete"}
+
+
+def test_a_teacher_that_changed_is_refused(together, tmp_path: Path) -> None:
+    _, arms, _, _ = together
+    values = arms["basd"].to_dict()
+    changed = FrozenArm.from_dict({**values, "teacher_fingerprint": "0" * 16})
+    with pytest.raises(cohort_module.UserError, match="are not those of the plan"):
+        run([changed], tmp_path)
+
+
+def test_the_teacher_runs_once_a_step_and_attention_only_for_arms_that_use_it(
+    tiny_arm: MakeArm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from basd.models.taps import Tapped
+    from basd.models.teacher import Teacher
+
+    calls = {"teacher": 0, "attention": 0}
+    real_call, real_attention = Teacher.__call__, Tapped.attention
+
+    def call(self, images):
+        calls["teacher"] += 1
+        return real_call(self, images)
+
+    def attention(self, block):
+        calls["attention"] += 1
+        return real_attention(self, block)
+
+    monkeypatch.setattr(Teacher, "__call__", call)
+    monkeypatch.setattr(Tapped, "attention", attention)
+    steps = ("recipe.duration=4 steps", "warmup=none")
+    run(
+        [
+            tiny_arm("losses.attn.enabled=false", *steps),
+            tiny_arm("selector=uniform", "losses.attn.enabled=false", *steps),
+        ],
+        tmp_path,
+    )
+    assert calls == {"teacher": 4, "attention": 0}
+    run([tiny_arm(*steps), tiny_arm("selector=uniform", *steps)], tmp_path)
+    assert calls == {"teacher": 8, "attention": 4 * 2}, "two layers, rebuilt once for both arms"
+
+
+def test_no_distillation_parameter_is_in_the_exported_student(together) -> None:
+    import timm
+
+    folder, arms, _, _ = together
+    config = arms["basd"].config["student"]
+    fresh = timm.models.vision_transformer.VisionTransformer(
+        img_size=config["image_size"], patch_size=config["patch_size"], num_classes=10,
+        embed_dim=config["width"], depth=config["depth"], num_heads=config["heads"],
+    )  # fmt: skip
+    fresh.load_state_dict(state_of(folder / arms["basd"].arm_key), strict=True)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(together, tmp_path: Path) -> None:
+    """SIGKILL a real process three times, at different depths of the run."""
+    folder, arms, recorders, _ = together
+    arm = arms["basd"]
+    write_arm(tmp_path, arm)
+    command = [sys.executable, "-m", "basd.training", str(tmp_path / "arm.json")]
+    record = tmp_path / "metrics.jsonl"
+    for lines in (2, 6, 9):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit and process.poll() is None:
+            if record.exists() and len(record.read_bytes().splitlines()) >= lines:
+                break
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert arm.arm_key in done.stdout
+    assert "complete" in done.stdout
+    killed = MemoryRecorder()
+    for line in record.read_text().splitlines():
+        event = json.loads(line)
+        killed.metrics(event["step"], event["metrics"])
+    assert killed.results == recorders["basd"].results
+    assert same_bits(state_of(tmp_path), state_of(folder / arm.arm_key))
