@@ -397,7 +397,9 @@ def call(name: str, loss: nn.Module, student: Tensor, teacher: Tensor) -> Tensor
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
-@pytest.mark.parametrize("case", ["random", "constant student", "constant teacher", "equal tokens", "match", "one image"])
+@pytest.mark.parametrize(
+    "case", ["random", "constant student", "constant teacher", "equal tokens", "match", "one image"]
+)
 def test_gradients_are_finite(name: str, case: str) -> None:
     torch.manual_seed(0)
     loss = LOSSES[name](enabled=True).build(sizes(student_width=8))

@@ -134,7 +134,10 @@ def test_parseval_with_multiplicity(grid: tuple[int, int]) -> None:
     tokens = randn(2, grid[0] * grid[1], 6)
     power = spatial_power(tokens, grid)
     torch.testing.assert_close(power.sum(-1), tokens.square().sum((1, 2)), rtol=1e-4, atol=1e-4)
-    naive = [[np.abs(np.fft.rfft2(x[:, d].reshape(grid), norm="ortho").flatten()) ** 2 for d in range(6)] for x in tokens.double().numpy()]
+    naive = [
+        [np.abs(np.fft.rfft2(x[:, d].reshape(grid), norm="ortho").flatten()) ** 2 for d in range(6)]
+        for x in tokens.double().numpy()
+    ]
     columns = np.array([1 if v == 0 or 2 * v == grid[1] else 2 for v in range(grid[1] // 2 + 1)])
     expected = np.sum(naive, axis=1) * np.tile(columns, grid[0])
     np.testing.assert_allclose(power.numpy(), expected, rtol=1e-3, atol=1e-4)

@@ -44,7 +44,10 @@ def naive_attention(attention: Tensor, share: list[float], lam: float) -> Tensor
     attention = attention.double()
     _, batch, _, length, _ = attention.shape
     result = torch.zeros_like(attention)
-    keys = {"own": torch.tensor([1.0, *share]).double(), "partner": torch.tensor([1.0, *[1 - s for s in share]]).double()}
+    keys = {
+        "own": torch.tensor([1.0, *share]).double(),
+        "partner": torch.tensor([1.0, *[1 - s for s in share]]).double(),
+    }
     for b in range(batch):
         for q in range(length):
             weight = lam if q == 0 else share[q - 1]

@@ -130,7 +130,9 @@ def test_cross_attention_follows_its_definition() -> None:
     torch.testing.assert_close(aligner.weights(3 * tokens + 1), weights, rtol=1e-3, atol=1e-4)
     assert (aligner.weights(mixtures(s, seed=5)) - weights).abs().max() > 0.01
     # points do not share queries or keys
-    assert (aligner.weights(tokens[:1].expand_as(tokens))[0] - aligner.weights(tokens[:1].expand_as(tokens))[1]).abs().max() > 1e-3
+    assert (
+        aligner.weights(tokens[:1].expand_as(tokens))[0] - aligner.weights(tokens[:1].expand_as(tokens))[1]
+    ).abs().max() > 1e-3
     parameters = sum(p.numel() for p in aligner.parameters())
     assert parameters == 2 * (s.student_tokens * 32 + 32 * 32)
 
