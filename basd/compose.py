@@ -97,13 +97,16 @@ class Composed:
     choices: dict[str, str]
 
 
-def compose(overrides: Sequence[str] = ()) -> Composed:
-    """The configuration that presets and overrides describe; one `UserError` lists everything that is wrong."""
-    return _composed(tuple(overrides))
+def compose(overrides: Sequence[str] = (), *, combinations: bool = True) -> Composed:
+    """The configuration that presets and overrides describe; one `UserError` lists everything that is wrong.
+
+    Without `combinations` each field is checked, but not whether they fit together.
+    """
+    return _composed(tuple(overrides), combinations)
 
 
 @lru_cache(maxsize=256)
-def _composed(overrides: tuple[str, ...]) -> Composed:
+def _composed(overrides: tuple[str, ...], combinations: bool) -> Composed:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_module("basd.conf", job_name="basd"):
@@ -119,7 +122,7 @@ def _composed(overrides: tuple[str, ...]) -> Composed:
     chosen = composed.hydra.runtime.choices
     choices = {str(key): str(value) for key, value in chosen.items() if "/" not in str(key)}
     values = {str(key): _plain_values(composed[key]) for key in composed if key != "hydra"}
-    return Composed(from_dict(values), choices)
+    return Composed(from_dict(values, combinations=combinations), choices)
 
 
 def _plain_values(node: Any) -> Any:
@@ -206,23 +209,21 @@ def overridden_keys(overrides: Sequence[str]) -> list[str]:
     return [parser.parse_override(text).key_or_group for text in overrides]
 
 
-def setting_name(composed: Composed, plain: Composed) -> str:
-    """`<data>-<teacher>-<student>-<recipe>`, plus 6 hex digits where a semantic field differs from the plain groups'.
-
-    `composed` is the command line's base, `plain` the same groups without any other override.
-    """
+def setting_name(overrides: Sequence[str]) -> str:
+    """`<data>-<teacher>-<student>-<recipe>`, plus 6 hex digits where the overrides change a semantic field of these groups'."""
+    composed = compose(overrides, combinations=False)
+    plain = compose(setting_groups(overrides), combinations=False)
     name = "-".join(composed.choices[group] for group in SETTING_GROUPS)
     left_out = (*NOT_SEMANTIC, "seed")
-    before = {key: value for key, value in plain.config.to_dict().items() if key not in left_out}
-    after = {key: value for key, value in composed.config.to_dict().items() if key not in left_out}
-    changed = {key: after[key] for key in after if after[key] != before[key]}
+    before, after = plain.config.to_dict(), composed.config.to_dict()
+    changed = {key: after[key] for key in after if key not in left_out and after[key] != before[key]}
     return f"{name}-{digest(changed)[:6]}" if changed else name
 
 
 def difference_from_preset(composed: Composed) -> str:
     """The preset's name and what differs from it, in the words of the command line."""
     groups = [f"{group}={composed.choices[group]}" for group in (*SETTING_GROUPS, "method")]
-    return " ".join([composed.config.method, *differences(compose(groups).config, composed.config)])
+    return " ".join([composed.config.method, *differences(compose(groups, combinations=False).config, composed.config)])
 
 
 def differences(base: Config, config: Config) -> list[str]:

@@ -118,11 +118,14 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Build and check a configuration; one `UserError` lists everything that is wrong with it."""
+def from_dict(values: Mapping[str, Any], *, combinations: bool = True) -> Config:
+    """Build and check a configuration; one `UserError` lists everything that is wrong with it.
+
+    Without `combinations` only each field by itself is checked.
+    """
     problems: list[str] = []
     config = _build(Config, values, "", problems)
-    if not problems:
+    if not problems and combinations:
         problems = combination_errors(config)
     if problems:
         raise UserError(join_problems(problems))
@@ -256,7 +259,8 @@ def combination_errors(config: Config) -> list[str]:
         problems.append("objective.ce_weight=0 with every loss off leaves nothing to train")
     if config.student.image_size != config.data.image_size:
         problems.append(
-            f"student.image_size={config.student.image_size} differs from data.image_size={config.data.image_size}"
+            f"student.image_size={config.student.image_size} differs from data.image_size={config.data.image_size}; "
+            "set one of them to the other"
         )
     for part in (config.data, config.views, config.mixing):
         if hasattr(part, "problems"):

@@ -30,8 +30,7 @@ PACKAGES = (
 
 def examine(overrides: Sequence[str], screen: Console) -> int:
     """Print one line a check; returns 0 when all pass, 1 otherwise."""
-    from basd.compose import compose
-    from basd.grid.plan import base_setting
+    from basd.compose import compose, setting_name
     from basd.version import code_version
 
     config = compose(overrides).config
@@ -58,7 +57,7 @@ def examine(overrides: Sequence[str], screen: Console) -> int:
     check("data", lambda: _data(config))
     check("teacher", lambda: _teacher(config))
     check("working directory", lambda: _writable(Path(config.runtime.directory)))
-    check("ledger", lambda: _ledger(config, base_setting(overrides)))
+    check("ledger", lambda: _ledger(config, setting_name(overrides)))
     check("tracking", lambda: _tracking(config))
     if Path("mlruns").is_dir():
         screen.print(

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from basd.components.losses import TOKEN_LOSSES, LossesConfig, enabled_losses
-from basd.components.losses.attn import AttentionLoss
+from basd.components.losses.attn import UNIFORM, layer_information
+from basd.components.losses.rel import PAIRS_STREAM
 from basd.components.selectors.adaptive_spectral import normalized_entropy
 from basd.components.sizes import Sizes
 from basd.components.target_mixing import mix_attention, mix_tokens
 from basd.components.token_aligners.diagnostics import aligner_diagnostics
 from basd.data.mixing import Mix
+from basd.models.resampling import resample_attention
 from basd.models.student import StudentOutput
 from basd.models.teacher import TeacherOutput
 
@@ -66,6 +68,7 @@ class Objective(nn.Module):
         self.mixing_targets = parts.mixing_targets
         self.warmup = parts.warmup
         self.enabled = enabled_losses(parts.losses)
+        self._shares: Tensor | None = None
         token_losses = [name for name in self.enabled if name in TOKEN_LOSSES]
         self.losses = nn.ModuleDict()
         for name in self.enabled:
@@ -130,13 +133,14 @@ class Objective(nn.Module):
             parts.update({f"ramp/{name}": ramps[name] for name in self.enabled})
             if active:
                 assert teacher is not None and self.weighting is not None
-                losses = self._losses(active, student, teacher, mix, generator, parts, diagnose)
-                weights = self.weighting(losses, ramps)
-                for name in active:
+                losses, alpha = self._losses(active, student, teacher, mix, generator, parts, diagnose)
+                self._shares = alpha.detach()
+                weights = self.weighting(losses, ramps) if losses else {}
+                for name in losses:
                     total = total + weights[name] * ramps[name] * losses[name]
                     parts[f"loss/{name}"] = losses[name].detach()
                     parts[f"weight/{name}"] = weights[name]
-                total = total + self._entropy_term(any(name in TOKEN_LOSSES for name in active), parts)
+                total = total + self._entropy_term(alpha, any(name in TOKEN_LOSSES for name in losses), parts)
             parts["train/loss"] = total.detach()
         return ObjectiveOutput(total, parts)
 
@@ -149,13 +153,13 @@ class Objective(nn.Module):
         generator: Callable[[str], torch.Generator],
         parts: dict[str, Tensor | float],
         diagnose: bool,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Values of the active losses, un-ramped, and α. A loss that has nothing to say this step is left out."""
         assert self.selector is not None and student.tokens is not None
         follow = mix is not None and self.mixing_targets == "follow"
         share = self._own_share(mix, student.tokens) if mix is not None and follow else None
         tokens = student.tokens.float()
         alpha = self.selector(tokens, teacher)
-        self._alpha = alpha
         losses: dict[str, Tensor] = {}
         if any(name in TOKEN_LOSSES for name in active):
             assert self.token_aligner is not None
@@ -169,13 +173,13 @@ class Objective(nn.Module):
             if share is not None:
                 target = mix_tokens(target, share)
             projected = tokens
-            if self.projections is not None:
+            if self.projections is not None and {"rel", "spectral"} & set(active):
                 projected = torch.stack([project(t) for project, t in zip(self.projections, tokens, strict=True)])
             for name in active:
                 if name == "rsd":
                     losses[name] = self.losses[name](tokens, target)
                 elif name == "rel":
-                    losses[name] = self.losses[name](projected, target, generator("rel_pairs"))
+                    losses[name] = self.losses[name](projected, target, generator(PAIRS_STREAM))
                 elif name == "spectral":
                     losses[name] = self.losses[name](projected, target)
         if "attn" in active:
@@ -184,11 +188,17 @@ class Objective(nn.Module):
             attention = (alpha.detach() @ maps.flatten(1)).unflatten(1, maps.shape[1:])
             if share is not None and mix is not None:
                 attention = mix_attention(attention, share, mix.lam, masked=mix.box is not None)
-            loss = self.losses["attn"]
-            assert isinstance(loss, AttentionLoss)
-            losses["attn"] = loss(self.head_aligner(student.scores.float()), attention)
-            parts["loss/attn_skipped_points"] = float(loss.skipped_points)
-        return {name: losses[name] for name in active}
+            # at most this much is in a mixture of the layers' maps
+            informative = alpha.detach() @ teacher.shared("information", lambda: self._information(maps)) > UNIFORM
+            parts["loss/attn_skipped_points"] = float((~informative).sum())
+            if informative.any():
+                losses["attn"] = self.losses["attn"](self.head_aligner(student.scores.float()), attention, informative)
+        return {name: losses[name] for name in active if name in losses}, alpha
+
+    def _information(self, maps: Tensor) -> Tensor:
+        tokens = self.sizes.teacher_tokens + 1
+        uniform = torch.full((tokens, tokens), 1 / tokens, device=maps.device)
+        return layer_information(maps, resample_attention(uniform, self.sizes.student_grid, self.sizes.teacher_grid))
 
     def _own_share(self, mix: Mix, tokens: Tensor) -> Tensor:
         """Share of each student patch that shows the own image, (N,)."""
@@ -196,8 +206,8 @@ class Objective(nn.Module):
         size = self.sizes.image_size
         return 1 - mix.coverage(height, width, size, size, tokens.device)
 
-    def _entropy_term(self, trained: bool, parts: dict[str, Tensor | float]) -> Tensor | float:
-        entropy = normalized_entropy(self._alpha)
+    def _entropy_term(self, alpha: Tensor, trained: bool, parts: dict[str, Tensor | float]) -> Tensor | float:
+        entropy = normalized_entropy(alpha)
         parts["selector/entropy"] = entropy.detach().mean()
         for point, value in zip(self.sizes.points, entropy.detach(), strict=True):
             parts[f"selector/entropy/{point}"] = value
@@ -215,8 +225,7 @@ class Objective(nn.Module):
 
     def layer_shares(self) -> Tensor | None:
         """α of the last step, (M, L), or None before the first one."""
-        alpha = getattr(self, "_alpha", None)
-        return None if alpha is None else alpha.detach()
+        return self._shares
 
     def decayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay applies to: weights of Linear layers of losses and projections.

@@ -18,7 +18,6 @@ from basd.compose import (
     compose,
     difference_from_preset,
     overridden_keys,
-    setting_groups,
     setting_name,
 )
 from basd.config import Config, FrozenArm, digest, flatten, keys_of, normalized, suggest, without_effect
@@ -300,11 +299,6 @@ def parameters(composed: Composed) -> dict[str, str]:
     return {key: value[:250] for key, value in shown.items() if not key.endswith(".name")}
 
 
-def base_setting(overrides: Sequence[str]) -> str:
-    """Name of the setting that a command line's overrides describe."""
-    return setting_name(compose(overrides), compose(setting_groups(overrides)))
-
-
 def merge_overrides(base: Sequence[str], row: Sequence[str]) -> list[str]:
     """A row's overrides win over the command line's."""
     keys = set(overridden_keys(row))
@@ -329,7 +323,7 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
         raise UserError(
             f"the reference row {ablation.reference} must be among rows=[…]; the others are compared with it."
         )
-    setting = base_setting(base)
+    setting = setting_name(base)
     composed: dict[tuple[str, int], Composed] = {}
     notices: list[str] = []
     problems: list[str] = []

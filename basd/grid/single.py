@@ -34,7 +34,7 @@ def frozen_arm(
     base = [
         text for text in overrides if text in groups or text.split(".")[0] in ("data", "teacher", "student", "recipe")
     ]
-    setting = setting_name(compose(base), compose(sorted(groups)))
+    setting = setting_name(base)
     return freeze(composed, setting, prepare(composed.config, teacher_progress)), without_effect(
         composed.config, overridden_keys(overrides)
     )

@@ -78,6 +78,12 @@ def build_timm_teacher(config: TimmTeacherConfig) -> VisionTransformer:
         near = timm.list_models(f"*{config.model.split('.')[0].split('_patch')[0]}*")[:5]
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('vit*')."
         raise UserError(f"teacher.model={config.model} is not a model of timm; {hint}")
+    builder = timm.model_entrypoint(config.model.split(".")[0])
+    if builder.__module__ != VisionTransformer.__module__:
+        raise UserError(
+            f"teacher.model={config.model} is of timm's {builder.__module__.rpartition('.')[2]} family; choose a model of "
+            "the VisionTransformer family, such as vit_small_patch14_dinov2 or deit_small_patch16_224."
+        )
     options: dict[str, Any] = {"img_size": config.image_size, "num_classes": 0}
     if config.weights == "random" and "dinov2" in config.model:
         # timm's untrained DINOv2 has LayerScale 1e-5: every block would be the identity
@@ -88,10 +94,15 @@ def build_timm_teacher(config: TimmTeacherConfig) -> VisionTransformer:
         elif config.weights == "hub":
             model = timm.create_model(config.model, pretrained=True, **options)
         else:
-            from safetensors.torch import load_file
-
-            model = timm.create_model(config.model.split(".")[0], pretrained=False, **options)
-            model.load_state_dict(load_file(config.weights))
+            if not config.weights.endswith(".safetensors"):
+                raise UserError(
+                    f"teacher.weights={config.weights} must be hub, random or a .safetensors file in timm's layout."
+                )
+            # timm's own loader resamples the positions to the image size
+            overlay = {"file": config.weights}
+            model = timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except UserError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -160,11 +171,12 @@ class TeacherOutput:
 class Teacher:
     """A frozen ViT. Not a module, so `model.train()` on anything cannot reach it."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer, attention: bool = True) -> None:
+        """`attention=False` leaves queries and keys unread, where no arm uses them."""
         self.model = model.eval().requires_grad_(False)
         self.shape = teacher_shape(model)
         layers = range(self.shape.depth)
-        self._taps = Taps(model, layers, layers)
+        self._taps = Taps(model, layers, layers if attention else ())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> TeacherOutput:

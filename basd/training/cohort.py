@@ -87,7 +87,8 @@ class Cohort:
         if any(config.enabled for config in configs):
             prepared = prepare_teacher(first.teacher, first.data, splits)
             check_fingerprint(prepared, arms[0])
-            self.teacher = Teacher(prepared.model.to(self.device))
+            attention = any("attn" in config.enabled for config in configs)
+            self.teacher = Teacher(prepared.model.to(self.device), attention)
         self.results: list[ArmResult] = []
         self.members: list[_Member] = []
         for frozen, config, directory, recorder in zip(arms, configs, directories, recorders, strict=True):

@@ -132,12 +132,12 @@ def test_hooks_rest_outside_of_a_recording() -> None:
 
 def test_recording_ends_after_an_error() -> None:
     model, _ = build("plain")
-    taps = Taps(model, [1], [1])
-    tapped = None
-    with pytest.raises(RuntimeError, match="stop"), taps.record() as tapped:
+    seen = []
+    with pytest.raises(RuntimeError, match="stop"), Taps(model, [1], [1]).record() as tapped:
+        seen.append(tapped)
         raise RuntimeError("stop")
     model(images())
-    assert tapped is not None and not tapped.tokens
+    assert not seen[0].tokens and not seen[0].queries
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_learning_rate_rises_linearly_then_falls_as_a_cosine() -> None:
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_checkpoint_is_replaced_only_by_a_readable_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from basd.components.sizes import Sizes
 
+# Purpose of the random stream that pairs are drawn from.
+PAIRS_STREAM = "rel_pairs"
+
 
 @dataclass
 class RelationLossConfig:
@@ -71,7 +74,7 @@ def inverse_length(squared: Tensor) -> Tensor:
     """1/√(‖edge‖²+ε²), (M, B, K)."""
     epsilon = 1e-3 * squared.detach().sqrt().mean(dim=(1, 2), keepdim=True)
     # the tiny floor keeps the gradient finite where every edge of a point is zero
-    return (squared + epsilon.square() + 1e-24).rsqrt()
+    return (squared + epsilon.square() + 1e-12).rsqrt()
 
 
 class RelationLoss(nn.Module):
@@ -85,6 +88,7 @@ class RelationLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, generator: torch.Generator) -> Tensor:
         """student, teacher (M, B, N, D) in the teacher's width. Returns a scalar."""
+        assert student.shape[2] == teacher.shape[2] == self.tokens, (student.shape, teacher.shape, self.tokens)
         first, second = (index.to(student.device) for index in draw_pairs(self.tokens, self.num_pairs, generator))
         agreement, length = edge_agreement(student, teacher, first, second)
         with torch.no_grad():

@@ -52,7 +52,9 @@ def spectral_descriptor(tokens: Tensor, grid: tuple[int, int], bands: int) -> Te
 
     total = power.sum(dim=-1)
     share = power / total.clamp_min(1e-20).unsqueeze(-1)
-    entropy = -torch.special.xlogy(share, share).sum(dim=-1) / math.log(max(2, grid[0] * grid[1]))
+    # a bin that stands for two of the full spectrum holds the power of both
+    multiplicity = column_multiplicity(grid[1]).to(share).repeat(grid[0])
+    entropy = -torch.special.xlogy(share, share / multiplicity).sum(dim=-1) / math.log(max(2, grid[0] * grid[1]))
     intensity = (total / tokens[0, 0].numel() + 1e-12).log()
     parts = [
         (spatial_shares + LOG_FLOOR).log(),
@@ -83,7 +85,8 @@ class AdaptiveSpectralSelector(nn.Module):
         self.bands = band_count(sizes.student_grid, sizes.teacher_grid)
         width = 2 * self.bands + 2
         self.student_norm = nn.LayerNorm(width)
-        self.teacher_norm = nn.LayerNorm(width)
+        # a bias would add the same to every layer's logit, which the softmax does not see
+        self.teacher_norm = nn.LayerNorm(width, bias=False)
         self.query = nn.Linear(width, KEY_WIDTH, bias=False)
         self.key = nn.Linear(width, KEY_WIDTH, bias=False)
         nn.init.zeros_(self.query.weight)

@@ -33,7 +33,9 @@ def position_code(grid: tuple[int, int], width: int, cells: int) -> Tensor:
     cell, whatever the grid it is read on.
     """
     bands = max(1, width // 4)
-    frequency = math.pi * cells * (torch.arange(bands, dtype=torch.float64) + 1) / bands
+    # harmonics further apart than one period of the image would make distant cells look alike
+    highest = math.pi * min(cells, 2 * bands)
+    frequency = highest * (torch.arange(bands, dtype=torch.float64) + 1) / bands
     rows = (torch.arange(grid[0], dtype=torch.float64) + 0.5) / grid[0]
     columns = (torch.arange(grid[1], dtype=torch.float64) + 0.5) / grid[1]
     y = (rows[:, None] * frequency).repeat_interleave(grid[1], dim=0)
@@ -45,12 +47,17 @@ def position_code(grid: tuple[int, int], width: int, cells: int) -> Tensor:
 
 
 def local_scale(query: Tensor, key: Tensor, target: Tensor) -> float:
-    """Factor s for which softmax(s·q kᵀ) lies closest (KL, averaged over rows) to the resampling `target`."""
+    """Factor s for which softmax(s·q kᵀ) lies closest (KL, averaged over rows) to the resampling `target`.
+
+    P stays soft (mean row maximum at most 0.9): on equal grids the closest P is one-hot, which no gradient can move.
+    """
     product = query @ key.T
     candidates = torch.logspace(-2, 2, 81, dtype=torch.float64) / product.abs().max().clamp_min(1e-12)
     best, least = float(candidates[0]), math.inf
     for scale in candidates.tolist():
         log_p = (scale * product).log_softmax(dim=1)
+        if float(log_p.exp().max(dim=1).values.mean()) > 0.9:
+            break
         divergence = float(-(target * log_p).sum(dim=1).mean())
         if divergence < least:
             best, least = scale, divergence
@@ -58,7 +65,7 @@ def local_scale(query: Tensor, key: Tensor, target: Tensor) -> float:
 
 
 class CrossAttentionAligner(nn.Module):
-    """P = softmax(q_i · W(LN0(T)_j + position_j)), output P·T: values are the teacher's own tokens.
+    """P = softmax(q_i · W(T_j + position_j)), output P·T: values are the teacher's own tokens; T is a LN0 mixture.
 
     Learned queries per student position (sin-cos start) and a key map W without bias per point (identity start); P
     starts close to area-overlap resampling.
@@ -79,11 +86,11 @@ class CrossAttentionAligner(nn.Module):
         self.key_weight = nn.Parameter(torch.eye(width).repeat(points, 1, 1))
 
     def weights(self, tokens: Tensor) -> Tensor:
-        """P (M, B, N_s, N_t), rows sum to 1, of mixtures tokens (M, B, N_t, D)."""
-        # q·(W k) = (q W)·k: mapping the few queries is cheaper than mapping every key
-        queries = (self.queries @ self.key_weight).unsqueeze(1)
-        keys = F.layer_norm(tokens, tokens.shape[-1:]) + self.position
-        return (queries @ keys.transpose(-2, -1)).softmax(dim=-1)
+        """P (M, B, N_s, N_t), rows sum to 1, of layer-normalised mixtures tokens (M, B, N_t, D)."""
+        # q·W(t + p) = (q W)·t + (q W)·p: mapping the few queries is cheaper than mapping every key
+        queries = self.queries @ self.key_weight
+        local = queries @ self.position.T
+        return (queries.unsqueeze(1) @ tokens.transpose(-2, -1) + local.unsqueeze(1)).softmax(dim=-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(M, B, N_t, D) → (M, B, N_s, D)."""

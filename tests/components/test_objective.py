@@ -1,0 +1,348 @@
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from objective_fakes import (
+    CUTMIX,
+    MIXES,
+    POINTS,
+    Calls,
+    build_student,
+    build_teacher,
+    data,
+    generator,
+    gradients,
+    make,
+    number,
+    numbers,
+    run,
+    sizes,
+)
+from torch import Tensor, nn
+
+from basd.components.losses import LOSSES
+from basd.components.selectors import SELECTORS
+from basd.components.token_aligners import TOKEN_ALIGNERS
+from basd.components.warmup import WARMUPS
+from basd.components.weighting import WEIGHTINGS
+from basd.models.student import TappedStudent
+from basd.models.teacher import Teacher, TeacherOutput
+from basd.objective import Objective, ObjectiveConfig
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return build_teacher()
+
+
+# -- the sum and its parts --------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_alone_needs_no_teacher() -> None:
+    objective = make(enabled=())
+    assert not objective.uses_teacher and not objective.uses_attention
+    assert not list(objective.parameters()) and objective.layer_shares() is None
+    student = build_student()
+    output = run(objective, None, student=student)
+    images, _, labels = data()
+    expected = F.cross_entropy(student(images), labels)
+    assert number(output.total) == pytest.approx(number(expected))
+    assert set(output.parts) == {"train/ce", "train/loss"}
+    output.total.backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_weight_of_the_cross_entropy(weight: float, teacher: Teacher) -> None:
+    parts = numbers(run(make(objective=ObjectiveConfig(ce_weight=weight)), teacher))
+    plain = numbers(run(make(), teacher))
+    assert parts["train/loss"] - plain["train/loss"] == pytest.approx((weight - 1) * plain["train/ce"], abs=1e-5)
+
+
+def test_named_parts(teacher: Teacher) -> None:
+    output = run(make(), teacher)
+    expected = {"train/ce", "train/loss", "selector/entropy", "selector/entropy/1", "selector/entropy/3"}
+    expected |= {f"{what}/{name}" for what in ("loss", "weight", "ramp") for name in LOSSES}
+    assert expected <= set(output.parts)
+    assert not any(name.startswith("aligner/") for name in output.parts)
+    for name, value in output.parts.items():
+        assert isinstance(value, float | int) or (value.ndim == 0 and not value.requires_grad), name
+    diagnosed = set(run(make(), teacher, diagnose=True).parts) - set(output.parts)
+    kinds = ("input_variance_share", "spatial_variance_share", "row_entropy", "effective_rank")
+    assert diagnosed == {f"aligner/{kind}/{point}" for kind in kinds for point in POINTS}
+
+
+@pytest.mark.parametrize("warmup", WARMUPS)
+@pytest.mark.parametrize("step", [0, 7, 12, 18, 60])
+def test_total_is_the_sum_of_the_parts(warmup: str, step: int, teacher: Teacher) -> None:
+    output = run(make(warmup=WARMUPS[warmup]()), teacher, step=step)
+    parts = numbers(output)
+    total = parts["train/ce"] + 0.01 * parts["selector/entropy"]
+    for name in LOSSES:
+        assert (parts[f"ramp/{name}"] > 0) == (f"loss/{name}" in parts) == (f"weight/{name}" in parts)
+        if parts[f"ramp/{name}"] > 0:
+            total += parts[f"weight/{name}"] * parts[f"ramp/{name}"] * parts[f"loss/{name}"]
+    assert number(output.total) == pytest.approx(total, rel=1e-5)
+    assert parts["train/loss"] == number(output.total)
+
+
+@pytest.mark.parametrize("enabled", [c for k in range(1, 5) for c in itertools.combinations(LOSSES, k)])
+def test_every_set_of_losses(enabled: tuple[str, ...], teacher: Teacher) -> None:
+    objective = make(enabled)
+    output = run(objective, teacher)
+    assert {name for name in output.parts if name.startswith("weight/")} == {f"weight/{name}" for name in enabled}
+    output.total.backward()
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+def test_losses_start_near_one(teacher: Teacher) -> None:
+    parts = numbers(run(make(), teacher))
+    for name in LOSSES:
+        assert 0.4 < parts[f"loss/{name}"] < 2.0, name
+
+
+def test_same_inputs_same_bits(teacher: Teacher) -> None:
+    first, second = run(make(), teacher, mix=CUTMIX), run(make(), teacher, mix=CUTMIX)
+    assert numbers(first) == numbers(second)
+
+
+def test_weights_carry_no_gradient(teacher: Teacher) -> None:
+    """The gradient of the total is that of Σ w·L with the weights as plain numbers."""
+    student = build_student()
+    output = run(make(), teacher, student=student)
+    output.total.backward()
+    got = [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
+    other = build_student()
+    parts = numbers(output)
+    fixed = WEIGHTINGS["fixed"]()
+    for name in LOSSES:
+        setattr(fixed.weights, name, parts[f"weight/{name}"])
+    run(make(weighting=fixed), teacher, student=other).total.backward()
+    expected = [parameter.grad for parameter in other.parameters() if parameter.grad is not None]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# -- entropy term -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entropy, sign, offset", [("sparsify", 1, 0), ("spread", -1, 1), ("none", 0, 0)])
+def test_entropy_term(entropy: str, sign: int, offset: int, teacher: Teacher) -> None:
+    config = SELECTORS["adaptive_spectral"](entropy=entropy, entropy_weight=0.3)
+    parts = numbers(run(make(selector=config), teacher))
+    total = parts["train/ce"] + sum(parts[f"weight/{n}"] * parts[f"loss/{n}"] for n in LOSSES)
+    term = 0.3 * (offset + sign * parts["selector/entropy"])
+    assert parts["train/loss"] == pytest.approx(total + term, rel=1e-5)
+    assert 0 <= parts["selector/entropy"] <= 1
+    by_point = [parts[f"selector/entropy/{point}"] for point in POINTS]
+    assert parts["selector/entropy"] == pytest.approx(sum(by_point) / 2)
+
+
+def test_entropy_term_stops_with_attention_alone(teacher: Teacher) -> None:
+    objective = make(("attn",), selector=SELECTORS["adaptive_spectral"](entropy_weight=0.3))
+    output = run(objective, teacher)
+    parts = numbers(output)
+    assert parts["train/loss"] == pytest.approx(parts["train/ce"] + parts["loss/attn"], rel=1e-5)
+    output.total.backward()
+    assert not any(has for name, has in gradients(objective).items() if name.startswith("selector."))
+
+
+@pytest.mark.parametrize("selector", ["uniform", "forward"])
+def test_controls_have_no_entropy_term(selector: str, teacher: Teacher) -> None:
+    parts = numbers(run(make(selector=SELECTORS[selector]()), teacher))
+    total = parts["train/ce"] + sum(parts[f"weight/{n}"] * parts[f"loss/{n}"] for n in LOSSES)
+    assert parts["train/loss"] == pytest.approx(total, rel=1e-5)
+
+
+# -- off means not computed -------------------------------------------------------------------------------------------
+
+
+def test_what_is_off_does_not_exist() -> None:
+    objective = make(("attn",))
+    assert objective.token_aligner is None and objective.projections is None
+    assert set(objective.losses) == {"attn"}
+    objective = make(("rsd",))
+    assert objective.head_aligner is None and objective.projections is None and not objective.uses_attention
+    assert make(("rel",)).projections is not None and make(("spectral",)).projections is not None
+    assert make(("rel",), s=sizes(width=12)).projections is None
+
+
+def test_a_loss_with_ramp_zero_is_not_computed(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = make(warmup=WARMUPS["staggered"]())  # starts 0, 5, 10, 15
+    losses = {name: Calls(objective.losses[name]) for name in LOSSES}
+    heads = Calls(objective.head_aligner)
+    maps: list[int] = []
+    original = TeacherOutput.attention
+    monkeypatch.setattr(TeacherOutput, "attention", lambda self, grid: (maps.append(1), original(self, grid))[1])
+    for step, expected in ((0, [1, 0, 0, 0]), (6, [2, 1, 0, 0]), (12, [3, 2, 1, 0]), (18, [4, 3, 2, 1])):
+        output = run(objective, teacher, step=step)
+        assert [losses[name].count for name in LOSSES] == expected
+        assert len(maps) == heads.count == expected[2]
+        active = [name for name in LOSSES if f"loss/{name}" in output.parts]
+        assert active == list(LOSSES)[: 1 + (0, 6, 12, 18).index(step)]
+
+
+def test_projections_rest_until_a_loss_reads_them(teacher: Teacher) -> None:
+    objective = make(warmup=WARMUPS["staggered"]())
+    assert objective.projections is not None
+    calls = [Calls(module) for module in objective.projections.modules() if isinstance(module, nn.Linear)]
+    run(objective, teacher, step=0).total.backward()  # rsd only
+    assert not any(call.count for call in calls)
+    assert not any(has for name, has in gradients(objective).items() if name.startswith("projections."))
+
+
+def test_token_parts_rest_while_only_attention_runs(teacher: Teacher) -> None:
+    warmup = WARMUPS["staggered"]()
+    warmup.starts.rsd = warmup.starts.rel = warmup.starts.spectral = 0.5
+    objective = make(warmup=warmup)
+    aligner = Calls(objective.token_aligner)
+    parts = numbers(run(objective, teacher, step=20))
+    assert aligner.count == 0 and "loss/attn" in parts and "loss/rsd" not in parts
+    # α gets no gradient from a loss, so there is no entropy term either
+    expected = parts["train/ce"] + parts["weight/attn"] * parts["ramp/attn"] * parts["loss/attn"]
+    assert parts["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_before_any_start_only_cross_entropy_counts(teacher: Teacher) -> None:
+    warmup = WARMUPS["staggered"]()
+    for name in LOSSES:
+        setattr(warmup.starts, name, 0.5)
+    objective = make(warmup=warmup)
+    selector = Calls(objective.selector)
+    output = run(objective, teacher, step=0)
+    assert selector.count == 0
+    assert number(output.total) == pytest.approx(numbers(output)["train/ce"])
+
+
+def test_attention_is_not_rebuilt_without_attn(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: TeacherOutput, grid: tuple[int, int]) -> Tensor:
+        raise AssertionError("attention was rebuilt")
+
+    monkeypatch.setattr(TeacherOutput, "attention", refuse)
+    run(make(("rsd", "rel", "spectral")), teacher)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+# A constant added to every key leaves the softmax as it is: this one may stand still or drift by rounding.
+SOFTMAX_INVARIANT = {"selector.teacher_norm.bias"}
+# At the first step W_q is zero: what lies behind it gets its first gradient at the second.
+BEHIND_ZERO = ("selector.key.", "selector.student_norm.", "selector.teacher_norm.")
+
+
+@pytest.mark.parametrize(
+    "name, reached",
+    [
+        ("rsd", {"losses", "selector", "token_aligner"}),
+        ("rel", {"projections", "selector", "token_aligner"}),
+        ("spectral", {"projections", "selector", "token_aligner"}),
+        ("attn", {"head_aligner"}),
+    ],
+)
+@pytest.mark.parametrize("mix", MIXES)
+def test_gradients_reach_exactly_what_they_should(name: str, reached: set[str], mix: str, teacher: Teacher) -> None:
+    objective, student = make((name,)), build_student()
+    run(objective, teacher, student=student, mix=MIXES[mix]).total.backward()
+    for key, has in gradients(objective).items():
+        expected = key.split(".")[0] in reached and not key.startswith(BEHIND_ZERO)
+        if name == "rel" and key.startswith("projections.") and key.endswith("bias"):
+            continue  # edges do not feel a shift
+        assert has == expected, key
+    assert all(p.grad is not None and p.grad.any() for p in student.blocks[:2].parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters())
+
+
+def test_losses_are_what_moves_the_early_blocks(teacher: Teacher) -> None:
+    """Each loss alone, without cross-entropy, reaches the student up to the last point."""
+    for name in LOSSES:
+        student = build_student()
+        objective = make((name,), objective=ObjectiveConfig(ce_weight=0.0))
+        run(objective, teacher, student=student).total.backward()
+        assert all(p.grad is not None and p.grad.any() for p in student.blocks[:2].parameters()), name
+        assert student.head.weight.grad is None or not student.head.weight.grad.any()
+
+
+def test_detached_aligner_gets_no_gradient_but_the_selector_does(teacher: Teacher) -> None:
+    objective = make(token_aligner=TOKEN_ALIGNERS["cross_attention"](gradient="detached"))
+    run(objective, teacher).total.backward()
+    got = gradients(objective)
+    assert not any(has for name, has in got.items() if name.startswith("token_aligner."))
+    assert got["selector.bias"]
+
+
+def train(objective: Objective, teacher: Teacher, steps: int = 3) -> dict[str, Tensor]:
+    student = build_student()
+    before = copy.deepcopy({**dict(student.named_parameters()), **dict(objective.named_parameters())})
+    together = [*student.parameters(), *objective.parameters()]
+    optimizer = torch.optim.AdamW(together, lr=1e-3, weight_decay=0.0)
+    tapped = TappedStudent(student, POINTS, objective.uses_attention)
+    for step in range(steps):
+        images, clean, labels = data(step)
+        output = objective(tapped(images), teacher(clean), labels, None, step, generator)
+        optimizer.zero_grad(set_to_none=True)
+        output.total.backward()
+        optimizer.step()
+    after = {**dict(student.named_parameters()), **dict(objective.named_parameters())}
+    return {name: after[name].detach() - before[name].detach() for name in after}
+
+
+def test_every_parameter_moves_within_three_steps(teacher: Teacher) -> None:
+    moved = train(make(), teacher)
+    still = [name for name, delta in moved.items() if not delta.any()]
+    assert set(still) <= SOFTMAX_INVARIANT
+
+
+def test_no_parameter_is_driven_by_rounding_alone(teacher: Teacher) -> None:
+    """AdamW turns a gradient of pure rounding into full steps: such a parameter would be a random walk."""
+    objective = make()
+    train(objective, teacher)  # W_q has left zero
+    objective.zero_grad()
+    run(objective, teacher, seed=5).total.backward()
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None
+        # rounding lies seven digits below the terms of a sum; every real gradient here is far above
+        assert float(parameter.grad.norm()) > 1e-8 or name in SOFTMAX_INVARIANT, name
+
+
+def test_mixing_leaves_gradients_finite_for_one_image(teacher: Teacher) -> None:
+    objective, student = make(), build_student()
+    images, clean, labels = data()
+    out = TappedStudent(student, POINTS, True)(images[:1])
+    output = objective(out, teacher(clean[:1]), labels[:1], CUTMIX, 0, generator)
+    output.total.backward()
+    assert torch.isfinite(output.total)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in objective.parameters())
+
+
+# -- bookkeeping ------------------------------------------------------------------------------------------------------
+
+
+def test_initial_weights_depend_on_the_name_only() -> None:
+    everything = dict(make().named_parameters())
+    for name in LOSSES:
+        for key, parameter in make((name,)).named_parameters():
+            assert torch.equal(parameter, everything[key]), key
+
+
+def test_weighting_state_survives_the_checkpoint(teacher: Teacher) -> None:
+    objective = make()
+    run(objective, teacher)
+    again = make()
+    again.load_state_dict(objective.state_dict())
+    for seed in (1, 2):
+        assert numbers(run(again, teacher, seed=seed)) == numbers(run(objective, teacher, seed=seed))
+    first = numbers(run(make(), teacher, seed=1))
+    assert first["weight/rsd"] == pytest.approx(1, rel=1e-5)
+    assert numbers(run(objective, teacher, seed=1))["weight/rsd"] != first["weight/rsd"]
+
+
+def test_decayed_parameters_are_weights_of_maps() -> None:
+    objective = make()
+    decayed = objective.decayed_parameters()
+    known = dict(objective.named_parameters())
+    assert decayed and decayed <= set(known)
+    assert all(known[name].ndim > 1 for name in decayed)
+    assert not any(name.startswith(("selector.", "token_aligner.", "head_aligner.")) for name in decayed)

@@ -1,0 +1,276 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from objective_fakes import (
+    BATCH,
+    CLASSES,
+    CUTMIX,
+    MIXES,
+    POINTS,
+    Calls,
+    build_student,
+    build_teacher,
+    data,
+    generator,
+    make,
+    numbers,
+    perturb,
+    run,
+    sizes,
+)
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from basd.components.head_aligners import HEAD_ALIGNERS
+from basd.components.losses import LOSSES, TOKEN_LOSSES
+from basd.components.selectors import SELECTORS
+from basd.components.target_mixing import mix_attention, mix_tokens
+from basd.components.token_aligners import TOKEN_ALIGNERS
+from basd.components.warmup import WARMUPS
+from basd.components.weighting import WEIGHTINGS
+from basd.data.mixing import Mix
+from basd.models.student import StudentOutput, TappedStudent
+from basd.models.teacher import Teacher
+from basd.objective import Objective
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return build_teacher()
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_mixture_is_normalised_and_of_unit_variance(selector: str, teacher: Teacher) -> None:
+    objective = make(selector=SELECTORS[selector]())
+    aligner = Calls(objective.token_aligner)
+    run(objective, teacher)
+    (mixture,) = aligner.inputs
+    assert mixture.shape == (2, BATCH, 15, 16)
+    torch.testing.assert_close(mixture.mean(-1), torch.zeros(2, BATCH, 15), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixture.var(-1, unbiased=False), torch.ones(2, BATCH, 15), atol=1e-3, rtol=0)
+    alpha = objective.layer_shares()
+    assert alpha is not None and alpha.shape == (2, 3) and not alpha.requires_grad
+    layers = teacher(data()[1]).tokens
+    for m in range(2):
+        total = sum(float(alpha[m, k]) * F.layer_norm(layers[k].double(), (16,)) for k in range(3))
+        expected = F.layer_norm(total, (16,))  # type: ignore[arg-type]
+        torch.testing.assert_close(mixture[m].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_target_is_the_mixture_of_the_maps(teacher: Teacher) -> None:
+    objective = make(("attn",), selector=SELECTORS["uniform"]())
+    loss = Calls(objective.losses["attn"])
+    run(objective, teacher)
+    target = loss.inputs[1]
+    expected = teacher(data()[1]).attention((3, 4)).mean(0)
+    for m in range(2):
+        torch.testing.assert_close(target[m], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(target.sum(-1), torch.ones(target.shape[:-1]))
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+@pytest.mark.parametrize("targets", ["follow", "clean"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_targets_follow_the_mixing(name: str, targets: str, mix: str, teacher: Teacher) -> None:
+    """Target mixing comes after the token aligner, on the student's grid."""
+    chosen = MIXES[mix]
+    assert chosen is not None
+    objective = make((name,), mixing_targets=targets)
+    loss = Calls(objective.losses[name])
+    share = 1 - chosen.coverage(3, 4, 24, 24)
+    if name == "attn":
+        run(objective, teacher)
+        clean = loss.inputs[1]
+        expected = mix_attention(clean, share, chosen.lam, masked=mix == "cutmix")
+    else:
+        aligner = Calls(objective.token_aligner)
+        run(objective, teacher)
+        clean = aligner.output
+        torch.testing.assert_close(loss.inputs[1], clean)
+        expected = mix_tokens(clean, share)
+    run(objective, teacher, mix=chosen)
+    assert (expected - clean).abs().max() > 0.01
+    torch.testing.assert_close(loss.inputs[1], expected if targets == "follow" else clean)
+
+
+def test_cutmix_target_shows_the_partner_under_the_box(teacher: Teacher) -> None:
+    objective = make(("rsd",))
+    aligner, loss = Calls(objective.token_aligner), Calls(objective.losses["rsd"])
+    run(objective, teacher, mix=CUTMIX)
+    clean, target = aligner.output, loss.inputs[1]
+    under = [n for n in range(12) if n // 4 in (1, 2) and n % 4 in (1, 2)]
+    for n in range(12):
+        for b in range(BATCH):
+            image = BATCH - 1 - b if n in under else b
+            assert torch.equal(target[:, b, n], clean[:, image, n])
+
+
+def test_rel_and_spectral_share_one_projection(teacher: Teacher) -> None:
+    objective = make()
+    rel, spectral, rsd = (Calls(objective.losses[name]) for name in ("rel", "spectral", "rsd"))
+    run(objective, teacher)
+    assert torch.equal(rel.inputs[0], spectral.inputs[0]) and rel.inputs[0].shape == (2, BATCH, 12, 16)
+    assert rsd.inputs[0].shape == (2, BATCH, 12, 12)
+    assert sum(p.numel() for n, p in objective.named_parameters() if n.startswith("projections.")) == 2 * (12 * 16 + 16)
+
+
+def test_equal_widths_need_no_projection() -> None:
+    objective = make(s=sizes(width=12))
+    rel = Calls(objective.losses["rel"])
+    student = build_student()
+    run(objective, build_teacher(width=12), student=student)
+    tokens = TappedStudent(student, POINTS, False)(data()[0]).tokens
+    torch.testing.assert_close(rel.inputs[0], tokens)
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_token_counts_are_checked(name: str, teacher: Teacher) -> None:
+    """components.md, rule 4: N == h·w is checked."""
+    objective = make((name,), selector=SELECTORS["uniform"]())
+    tokens = torch.randn(2, BATCH, 13, 12, requires_grad=True)
+    out = StudentOutput(torch.randn(BATCH, CLASSES), tokens)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        objective(out, teacher(data()[1]), data()[2], None, 0, generator)
+
+
+def test_a_skipped_attention_loss_does_not_starve_the_others() -> None:
+    """Every point skipped: attn has nothing to say, which is not the same as a perfect match."""
+    torch.manual_seed(1)
+    model = VisionTransformer(img_size=(12, 16), patch_size=4, num_classes=0, embed_dim=16, depth=3, num_heads=4)
+    perturb(model, 0.2)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:32] = 0  # no queries and keys: attention is uniform
+            block.attn.qkv.bias[:32] = 0
+    teacher = Teacher(model)
+    objective = make(s=dataclasses.replace(sizes(), teacher_grid=(3, 4)))
+    tapped = TappedStudent(build_student(), POINTS, True)
+    for step in range(2):
+        output = objective(tapped(data()[0]), teacher(torch.randn(BATCH, 3, 12, 16)), data()[2], None, step, generator)
+        parts = numbers(output)
+        assert parts["loss/attn_skipped_points"] == len(POINTS)
+        assert all(parts[f"weight/{name}"] > 0.1 for name in TOKEN_LOSSES)
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_float32_under_autocast(teacher: Teacher) -> None:
+    student = build_student()
+    images, clean, labels = data()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, seen = TappedStudent(student, POINTS, True)(images), teacher(clean)
+        assert out.logits.dtype == torch.bfloat16 and out.scores is not None and out.scores.dtype == torch.bfloat16
+        inside = make()(out, seen, labels, CUTMIX, 0, generator)
+    assert out.tokens is not None
+    assert inside.total.dtype == torch.float32
+    for name, value in inside.parts.items():
+        assert not isinstance(value, Tensor) or value.dtype == torch.float32, name
+    # the same values without any autocast, from the same outputs in float32
+    wide = StudentOutput(out.logits.float(), out.tokens.float(), out.scores.float())
+    outside = make()(wide, seen, labels, CUTMIX, 0, generator)
+    assert numbers(outside) == pytest.approx(numbers(inside), rel=1e-6)
+    inside.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+# -- every toggle -----------------------------------------------------------------------------------------------------
+
+
+def check_runs(objective: Objective, teacher: Teacher, mix: Mix | None) -> None:
+    student = build_student()
+    output = run(objective, teacher, student=student, mix=mix, step=40, diagnose=True)
+    output.total.backward()
+    assert torch.isfinite(output.total)
+    for name, value in numbers(output).items():
+        assert value == value and abs(value) < 1e4, name
+    for name, parameter in [*objective.named_parameters(), *student.named_parameters()]:
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("warmup", WARMUPS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("head_aligner", HEAD_ALIGNERS)
+@pytest.mark.parametrize("token_aligner", TOKEN_ALIGNERS)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_every_combination_runs(
+    selector: str, token_aligner: str, head_aligner: str, weighting: str, warmup: str, mix: str
+) -> None:
+    heads = 2 if head_aligner == "none" else 4
+    objective = make(
+        s=sizes(heads),
+        selector=SELECTORS[selector](),
+        token_aligner=TOKEN_ALIGNERS[token_aligner](),
+        head_aligner=HEAD_ALIGNERS[head_aligner](),
+        weighting=WEIGHTINGS[weighting](),
+        warmup=WARMUPS[warmup](),
+    )
+    check_runs(objective, cached_teacher(heads), MIXES[mix])
+
+
+TEACHERS: dict[int, Teacher] = {}
+
+
+def cached_teacher(heads: int) -> Teacher:
+    if heads not in TEACHERS:
+        TEACHERS[heads] = build_teacher(heads)
+    return TEACHERS[heads]
+
+
+def choices_of(group: str, registry: dict[str, type]) -> list[tuple[str, str, str, Any]]:
+    found = []
+    for name, config in registry.items():
+        for field in dataclasses.fields(config):
+            found += [(group, name, field.name, choice) for choice in field.metadata.get("choices", ())]
+    return found
+
+
+FIELDS = [
+    *choices_of("losses", LOSSES),
+    *choices_of("selector", SELECTORS),
+    *choices_of("token_aligner", TOKEN_ALIGNERS),
+    *choices_of("head_aligner", HEAD_ALIGNERS),
+    *choices_of("weighting", WEIGHTINGS),
+    *choices_of("warmup", WARMUPS),
+]
+
+
+@pytest.mark.parametrize("group, name, field, choice", FIELDS)
+def test_every_choice_of_a_setting_runs(group: str, name: str, field: str, choice: Any, teacher: Teacher) -> None:
+    registry: dict[str, dict[str, Callable[..., Any]]] = {
+        "selector": SELECTORS,
+        "token_aligner": TOKEN_ALIGNERS,
+        "weighting": WEIGHTINGS,
+        "warmup": WARMUPS,
+        "head_aligner": HEAD_ALIGNERS,
+    }
+    options: dict[str, Any] = (
+        {name: {field: choice}} if group == "losses" else {group: registry[group][name](**{field: choice})}
+    )
+    check_runs(make(**options), teacher, CUTMIX)
+
+
+def test_training_moves_the_losses_down(teacher: Teacher) -> None:
+    """Forty steps on one batch: every loss ends below its start."""
+    objective, student = make(weighting=WEIGHTINGS["equal"]()), build_student()
+    images, clean, labels = data()
+    tapped, seen = TappedStudent(student, POINTS, True), teacher(clean)
+    optimizer = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=3e-3)
+    history = []
+    for step in range(40):
+        output = objective(tapped(images), seen, labels, None, step, generator)
+        history.append(numbers(output))
+        optimizer.zero_grad()
+        output.total.backward()
+        optimizer.step()
+    for name in ("train/ce", *(f"loss/{loss}" for loss in LOSSES)):
+        assert history[-1][name] < 0.9 * history[0][name], name
