@@ -1,0 +1,147 @@
+"""Ablations become frozen arms; what is wrong is said before anything is fitted or trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+from basd.errors import UserError
+from basd.grid import plan as plan_module
+from basd.grid.plan import Plan, Preparer, make_plan
+
+
+@pytest.fixture
+def tiny_plan(preparer: Preparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan_module, "Preparer", lambda progress=None: preparer)
+
+    def make(name: str = "leave_one_out", *overrides: str) -> Plan:
+        return make_plan(name, [*TINY, *overrides])
+
+    return make
+
+
+def test_leave_one_out_is_six_rows_by_three_seeds(tiny_plan) -> None:
+    plan = tiny_plan()
+    assert [row.name for row in plan.rows] == [
+        "basd",
+        "without_rsd",
+        "without_rel",
+        "without_attn",
+        "without_spectral",
+        "ce",
+    ]
+    assert plan.reference == "basd"
+    assert plan.seeds == (0, 1, 2)
+    assert len(plan.arms) == 18
+    assert len({arm.configuration_key for arm in plan.arms.values()}) == 6
+    assert len({arm.cohort_key for arm in plan.arms.values()}) == 3
+    for row in plan.rows:
+        for seed, key in plan.cells[row.name].items():
+            assert plan.arms[key].seed == seed == plan.arms[key].config["seed"]
+            assert plan.labels_of(key) == [row.name]
+    assert plan.arms[plan.cells["without_rsd"][0]].config["losses"]["rsd"]["enabled"] is False
+    assert plan.arms[plan.cells["ce"][0]].name.startswith("ce ")
+    assert "losses.rel.enabled=false" in plan.arms[plan.cells["without_rel"][0]].name
+
+
+def test_plan_survives_its_file(tiny_plan) -> None:
+    plan = tiny_plan()
+    path = plan.save()
+    assert Plan.load(path) == plan
+    assert path.name == f"leave_one_out-{plan.hash}.json"
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(UserError, match="is not a plan"):
+        Plan.load(path)
+
+
+def test_command_line_changes_the_setting_and_every_row(tiny_plan) -> None:
+    plain, changed = tiny_plan(), tiny_plan("leave_one_out", "recipe.lr=0.01", "seeds=[5]", "rows=[basd,ce]")
+    assert changed.setting != plain.setting
+    assert len(changed.arms) == 2
+    assert {arm.config["recipe"]["lr"] for arm in changed.arms.values()} == {0.01}
+    assert not set(plain.arms) & set(changed.arms)
+    assert tiny_plan("leave_one_out", "runtime.cohort_size=2").hash == plain.hash
+
+
+def test_rows_that_are_one_computation_share_arms(tiny_plan, tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "folded.yaml").write_text(
+        "question: do they fold?\nreference: a\nseeds: [0, 1]\nrows:\n"
+        "  - {name: a, overrides: [method=basd, weighting=equal]}\n"
+        "  - {name: b, overrides: [method=basd, weighting=fixed]}\n"
+        "  - {name: c, overrides: [method=ce, losses.rsd.kappa=0.5]}\n"
+    )
+    plan = tiny_plan("folded")
+    assert plan.cells["a"] == plan.cells["b"]
+    assert len(plan.arms) == 4
+    assert plan.labels_of(plan.cells["a"][0]) == ["a", "b"]
+    assert plan.notices == ("row c: losses.rsd.kappa has no effect in this combination",)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "said"),
+    [
+        ("leave_one_ot", [], "leave_one_ot is not an ablation did you mean leave_one_out?"),
+        (
+            "leave_one_out",
+            ["rows=[basd,without_rsdd]"],
+            "without_rsdd is not a row of leave_one_out did you mean without_rsd?",
+        ),
+        ("leave_one_out", ["rows=[ce]"], "the reference row basd must be among"),
+        ("leave_one_out", ["seeds=[]"], "seeds must name at least one whole number"),
+        ("leave_one_out", ["seeds=[a]"], "seeds must name at least one whole number"),
+        ("leave_one_out", ["seeds=[1,1]"], "names a seed twice"),
+        ("leave_one_out", ["seed=1"], "write seeds=[0,1,2] instead"),
+        ("leave_one_out", ["selctor=uniform"], "did you mean selector?"),
+        ("leave_one_out", ["student.points=[0,7]"], "student.points holds block 7"),
+        ("leave_one_out", ["recipe.batch_size=5000"], "more than the 1197 training images"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_fitted(
+    name: str, overrides: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan_module, "prepare_teacher", lambda *_: pytest.fail("the teacher was touched"))
+    with pytest.raises(UserError) as error:
+        make_plan(name, overrides)
+    assert said in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rows: [", "is not readable as YAML"),
+        ("question: x\n", "it needs question, reference, seeds and rows"),
+        ("question: x\nreference: b\nseeds: [0]\nrows: [{name: a, overrides: []}]\n", "the reference b is not a row"),
+        ("question: x\nreference: a\nseeds: []\nrows: [{name: a, overrides: []}]\n", "has no seeds"),
+        (
+            "question: x\nreference: a\nseeds: [0]\nrows: [{name: a, overrides: []}, {name: a, overrides: []}]\n",
+            "names a row twice",
+        ),
+        (
+            "question: x\nreference: a\nseeds: [0]\nrows: [{name: a, overrides: [selector=none]}]\n",
+            "row a: selector=none is not known",
+        ),
+        ("!!python/object/apply:os.system ['touch ran']", "is not readable as YAML"),
+    ],
+)
+def test_a_broken_ablation_file_is_one_sentence(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        make_plan("mine")
+    assert said in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_directory_that_is_a_file_is_one_sentence(tiny_plan, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot be written .*; run in a directory that can be"):
+        tiny_plan().save()

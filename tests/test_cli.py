@@ -1,0 +1,294 @@
+"""The `basd` command as a user meets it: real processes, a real ledger, a real MLflow database."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from tiny import TINY
+
+from basd.cli import main
+
+TABLE = ["leave_one_out", *TINY, "rows=[basd,without_attn,ce]", "seeds=[0,1,2]", "recipe.duration=2 epochs"]
+
+
+def basd(*arguments: str, cwd: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "basd", *arguments],
+        cwd=cwd,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "BASD_CACHE": str(cache), "COLUMNS": "160"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A complete table."""
+    folder = tmp_path_factory.mktemp("grid")
+    return folder, basd("grid", *TABLE, cwd=folder, cache=cache)
+
+
+def table_of(output: str) -> list[str]:
+    """The printed table, without what is said before and after it."""
+    lines = output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("leave_one_out") and "arms" not in line)
+    end = next(i for i, line in enumerate(lines) if line.startswith("Runs:"))
+    return lines[start:end]
+
+
+def metrics_of(folder: Path) -> dict[str, dict]:
+    """Final metrics of every arm by key, from the journals."""
+    found = {}
+    for path in folder.glob("runs/*/*/journal.jsonl"):
+        last = json.loads(path.read_text().splitlines()[-1])
+        found[path.parent.name] = (last.get("end"), last["metrics"])
+    return found
+
+
+def test_grid_trains_everything_and_prints_the_table(grid) -> None:
+    folder, done = grid
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    text = "\n".join(table_of(done.stdout))
+    for label in ("BASD (complete)", "without attn", "cross-entropy only", "reference", "n too small", "Holm"):
+        assert label in text
+    assert "Trained 9 arms" in done.stdout
+    assert "mlflow ui" in done.stdout
+    written = sorted(path.name for path in folder.glob("reports/*/*"))
+    assert written == [f"leave_one_out.{ending}" for ending in ("csv", "md", "runs.csv", "tex")]
+    assert "\\toprule" in next(folder.glob("reports/*/*.tex")).read_text()
+
+
+def test_mlflow_holds_parents_and_nested_arms_by_the_names_of_the_design(grid) -> None:
+    folder, _ = grid
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name.startswith("digits-")]
+    runs = client.search_runs([experiment.experiment_id])
+    arms = [run for run in runs if "basd.arm_key" in run.data.tags]
+    parents = [run for run in runs if "basd.arm_key" not in run.data.tags]
+    assert (len(arms), len(parents)) == (9, 3)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    by_id = {run.info.run_id: run for run in parents}
+    for arm in arms:
+        tags, metrics = arm.data.tags, arm.data.metrics
+        parent = by_id[tags["mlflow.parentRunId"]]
+        assert parent.data.tags["basd.configuration_key"] == tags["basd.configuration_key"]
+        assert {"basd.seed", "basd.version", "basd.cohort", "basd.ablation.leave_one_out"} <= tags.keys()
+        assert {
+            "train/loss",
+            "train/ce",
+            "val/top1",
+            "test/top1",
+            "test/top5",
+            "test/nll",
+            "test/ece",
+        } <= metrics.keys()
+        assert {"time/images_per_second", "time/data_wait_share"} <= metrics.keys()
+        artifacts = {artifact.path for artifact in client.list_artifacts(arm.info.run_id)}
+        assert {"config.yaml", "student.safetensors"} <= artifacts
+        if tags["basd.ablation.leave_one_out"] == "basd":
+            for name in ("rsd", "rel", "attn", "spectral"):
+                assert {f"loss/{name}", f"weight/{name}", f"ramp/{name}"} <= metrics.keys()
+            assert "selector/entropy" in metrics
+            assert any(name.startswith("aligner/spatial_variance_share/") for name in metrics)
+    for parent in parents:
+        own = [
+            arm.data.metrics["test/top1"] for arm in arms if arm.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        ]
+        assert parent.data.metrics["test/top1"] == pytest.approx(sum(own) / 3)
+        steps = [point.step for point in client.get_metric_history(parent.info.run_id, "test/top1")]
+        assert sorted(steps) == [1, 2, 3]
+
+
+def test_the_mirror_holds_every_point_of_the_journal_once(grid) -> None:
+    folder, _ = grid
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name.startswith("digits-")]
+    for run in client.search_runs([experiment.experiment_id]):
+        key = run.data.tags.get("basd.arm_key")
+        if key is None:
+            continue
+        (journal,) = folder.glob(f"runs/*/{key}/journal.jsonl")
+        points = [(e["step"], e["metrics"]["train/loss"]) for e in map(json.loads, journal.read_text().splitlines())
+                  if "train/loss" in e.get("metrics", {})]  # fmt: skip
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert sorted((point.step, point.value) for point in history) == sorted(points)
+
+
+def test_a_second_call_trains_nothing_and_prints_the_same(grid, cache: Path) -> None:
+    folder, first = grid
+    before = {path: path.read_bytes() for path in folder.glob("reports/*/*")}
+    again = basd("grid", *TABLE, cwd=folder, cache=cache)
+    assert again.returncode == 0
+    assert "Nothing to train" in again.stdout
+    assert table_of(again.stdout) == table_of(first.stdout)
+    assert {path: path.read_bytes() for path in folder.glob("reports/*/*")} == before
+    report = basd("report", "leave_one_out", cwd=folder, cache=cache)
+    assert table_of(report.stdout) == table_of(first.stdout)
+    status = basd("status", cwd=folder, cache=cache)
+    assert "9 of 9 arms done" in status.stdout
+    planned = basd("plan", *TABLE, cwd=folder, cache=cache)
+    assert "9 arms, 9 done" in planned.stdout
+
+
+def test_train_knows_an_arm_that_a_grid_has_finished(grid, cache: Path) -> None:
+    folder, _ = grid
+    done = basd("train", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1", cwd=folder, cache=cache)
+    assert done.returncode == 0
+    assert "Finished before: val/top1" in done.stdout
+
+
+@pytest.mark.slow
+def test_train_again_is_a_run_of_its_own_that_no_table_counts(grid, cache: Path) -> None:
+    folder, first = grid
+    done = basd("train", "--again", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1", cwd=folder, cache=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (repeated,) = [value for key, value in metrics_of(folder).items() if "again" in key]
+    key = next(key for key in metrics_of(folder) if "again" in key).split("-")[0]
+    assert repeated == metrics_of(folder)[key], "the same numbers, bit for bit"
+    report = basd("report", "leave_one_out", cwd=folder, cache=cache)
+    assert table_of(report.stdout) == table_of(first.stdout)
+
+
+@pytest.mark.slow
+def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(grid, cache: Path, tmp_path: Path) -> None:
+    folder, _ = grid
+    command = [sys.executable, "-m", "basd", "grid", *TABLE]
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(cache), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit and process.poll() is None:
+            if len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) >= 2:
+                break
+            time.sleep(0.05)
+        for worker in workers_of(process.pid):
+            os.kill(worker, signal.SIGKILL)
+        process.kill()
+        process.wait()
+    done = basd("grid", *TABLE, cwd=tmp_path, cache=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics_of(tmp_path) == metrics_of(folder)
+
+
+def workers_of(parent: int) -> list[int]:
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(parent).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.slow
+def test_two_grids_at_once_train_each_arm_once(grid, cache: Path, tmp_path: Path) -> None:
+    folder, first = grid
+    command = [sys.executable, "-m", "basd", "grid", *TABLE]
+    both = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert metrics_of(tmp_path) == metrics_of(folder)
+    assert [table_of(output)[:8] for output in outputs] == [table_of(first.stdout)[:8]] * 2
+    logs = "".join(path.read_text() for path in tmp_path.glob("runs/*/logs/*.log"))
+    assert logs.count(" complete") == 9, logs
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name.startswith("digits-")]
+    assert len(client.search_runs([experiment.experiment_id])) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["grid", "leave_one_ot"], "did you mean leave_one_out?"),
+        (["grid", "leave_one_out", "rows=[basd,nothing]"], "nothing is not a row of leave_one_out"),
+        (["grid", "leave_one_out", "seeds=[]"], "at least one"),
+        (["train", "selctor=uniform"], "did you mean selector?"),
+        (["train", "student.points=[0,9]"], "student.points holds block 9"),
+        (["train", *(f"losses.{name}.enabled=false" for name in ("rsd", "rel", "attn", "spectral"))], "every loss off"),
+        (["train", "teacher=timm", "teacher.model=resnet18"], "VisionTransformer family"),
+        (["train", "teacher=timm", "teacher.model=vit_nothing"], "is not a model of timm"),
+        (["train", "teacher=timm", "teacher.weights=weights.bin"], ".safetensors"),
+        (["report", "leave_one_out"], "nothing was planned here"),
+        (["report"], "name one table"),
+        (["status", "leave_one_ot"], "did you mean leave_one_out?"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASD_CACHE", str(tmp_path / "cache"))
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("basd: ")
+    assert said in captured.err
+    assert "Traceback" not in captured.out + captured.err
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not (tmp_path / "ledger.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tracking.uri=http://127.0.0.1:9", "127.0.0.1:9"),
+        ("tracking.uri=sqlite:////proc/nowhere/mlflow.db", "/proc/nowhere"),
+        ("ledger.url=sqlite:////proc/nowhere/ledger.db", "/proc/nowhere"),
+        ("ledger.url=nonsense", "ledger.url=nonsense"),
+        ("runtime.directory=/proc/nowhere", "/proc/nowhere"),
+        ("runtime.device=cuda:9", "cuda"),
+    ],
+)
+def test_an_unusable_resource_stops_before_training_and_loses_nothing(
+    override: str, said: str, grid, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASD_CACHE", str(cache))
+    assert main(["grid", "--quiet", *TABLE, "rows=[basd]", override]) in (1, 2)
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+    assert "Traceback" not in captured.out + captured.err
+    assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))
+
+
+def test_doctor_and_teacher(cache: Path, grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASD_CACHE", str(cache))
+    assert main(["doctor", *TINY]) == 0
+    said = capsys.readouterr().out
+    for what in ("code", "packages", "device", "data", "teacher", "working directory", "ledger", "tracking"):
+        assert f"ok    {what}:" in said
+    assert main(["doctor", *TINY, "tracking.uri=http://127.0.0.1:9"]) == 1
+    assert "FAIL  tracking" in capsys.readouterr().out
+    assert main(["teacher", *TINY]) == 0
+    assert "test top-1" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    for command in ("train", "plan", "grid", "worker", "status", "sync", "report", "teacher", "doctor"):
+        assert command in said
