@@ -231,6 +231,8 @@ def combination_errors(config: Config) -> list[str]:
         heads = getattr(part, "heads", None)
         if heads is not None and part.width % heads:
             problems.append(f"{what}.width={part.width} does not divide by {what}.heads={heads}")
+    if config.teacher.name == "digits_vit" and config.teacher.width % 4:
+        problems.append(f"teacher.width={config.teacher.width} must be a multiple of 4, for its sin-cos positions")
     depth = config.student.depth
     points = config.student.points
     if isinstance(points, int) and not 1 <= points <= depth:

@@ -118,9 +118,20 @@ def open_client(uri: str) -> MlflowClient:
     if path is None:
         return MlflowClient(uri)
     with file_lock(path.with_name(path.name + ".lock")):
-        client = MlflowClient(f"sqlite:///{path}")
-        client.search_experiments(max_results=1)  # the first request creates the tables
-        return client
+        if not path.exists() or not path.stat().st_size:
+            _create(path)
+        return MlflowClient(f"sqlite:///{path}")
+
+
+def _create(path: Path) -> None:
+    """Make the database aside and rename it: a process killed among the dozens of migrations leaves no half of one."""
+    from mlflow import MlflowClient
+
+    for left in path.parent.glob(f".{path.name}.*.new"):
+        left.unlink(missing_ok=True)  # of a process that was killed here; the lock is ours
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)  # the first request creates the tables
+    os.replace(fresh, path)
 
 
 def quiet() -> None:
