@@ -154,6 +154,8 @@ class TeacherProgress:
 
 def planned(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
     """The plan of the named table under these overrides, with the options it runs under."""
+    screen.print(f"Planning {given.name}.", markup=False)
+    # below the line above: these imports take seconds
     from basd.grid.options import GridOptions
     from basd.grid.plan import make_plan
 

@@ -227,7 +227,7 @@ def difference_from_preset(composed: Composed) -> str:
 
 
 def differences(base: Config, config: Config) -> list[str]:
-    """Overrides that lead from one configuration to the other."""
+    """Overrides that lead from one configuration to the other; a loss switched off or on reads "without rsd", "with rsd"."""
     words = []
     before, after = base.to_dict(), config.to_dict()
     for section in after:
@@ -238,8 +238,15 @@ def differences(base: Config, config: Config) -> list[str]:
             defaults = dict(flatten(dataclasses.asdict(GROUPS[section][after[section]["name"]]())))
         else:
             defaults = dict(flatten(before[section]))
-        words += [f"{section}.{k}={_short(v)}" for k, v in flatten(after[section]) if v != defaults.get(k)]
+        changed = [(key, value) for key, value in flatten(after[section]) if value != defaults.get(key)]
+        words += [_worded(section, key, value) for key, value in changed]
     return words
+
+
+def _worded(section: str, key: str, value: Any) -> str:
+    if section == "losses" and key.endswith(".enabled"):
+        return f"{'with' if value else 'without'} {key.removesuffix('.enabled')}"
+    return f"{section}.{key}={_short(value)}"
 
 
 def _short(value: Any) -> str:

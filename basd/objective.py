@@ -223,6 +223,14 @@ class Objective(nn.Module):
             for point, value in zip(self.sizes.points, values, strict=True):
                 parts[f"aligner/{what}/{point}"] = value
 
+    def begins(self, step: int) -> bool:
+        """Whether a loss counts for the first time at this step (from 0)."""
+
+        def ramp(name: str, at: int) -> float:
+            return self.warmup.ramp(name, at, self.sizes.total_steps) if at >= 0 else 0.0
+
+        return any(ramp(name, step) > 0 and ramp(name, step - 1) == 0 for name in self.enabled)
+
     def layer_shares(self) -> Tensor | None:
         """α of the last step, (M, L), or None before the first one."""
         return self._shares

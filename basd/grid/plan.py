@@ -24,6 +24,7 @@ from basd.config import Config, FrozenArm, digest, flatten, keys_of, normalized,
 from basd.data import load as load_data
 from basd.data.images import fingerprint
 from basd.errors import UserError
+from basd.training.cohort import choose_device
 from basd.training.recipe import parse_duration
 from basd.training.teachers import PreparedTeacher, prepare_teacher
 from basd.version import code_version
@@ -339,6 +340,7 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
             composed[row.name, seed] = dataclasses.replace(one, config=dataclasses.replace(one.config, seed=seed))
     if problems:
         raise UserError("\n".join(problems))
+    choose_device(composed[ablation.reference, seeds[0]].config.runtime.device)
     preparer = Preparer(progress)
     arms: dict[str, FrozenArm] = {}
     cells: dict[str, dict[int, str]] = {}

@@ -19,6 +19,7 @@ from basd.grid.worker import Stop, Worker, load_trainer
 from basd.grid.worker import prepare as prepare_directory
 from basd.tracking.journal import Journal, last_event
 from basd.tracking.mirror import Mirror, check_tracking
+from basd.training.cohort import choose_device
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +36,7 @@ def frozen_arm(
         text for text in overrides if text in groups or text.split(".")[0] in ("data", "teacher", "student", "recipe")
     ]
     setting = setting_name(base)
+    choose_device(composed.config.runtime.device)
     return freeze(composed, setting, prepare(composed.config, teacher_progress)), without_effect(
         composed.config, overridden_keys(overrides)
     )

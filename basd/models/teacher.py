@@ -70,6 +70,7 @@ def build_digits_vit(config: DigitsViTConfig, classes: int) -> VisionTransformer
         drop_path_rate=0.1,
         weight_init="jax",
     )
+    assert model.pos_embed is not None
     with torch.no_grad():
         model.pos_embed[:, 1:] = build_sincos2d_pos_embed(model.patch_embed.grid_size, config.width)
         model.pos_embed[:, :1] = 0

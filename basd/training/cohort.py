@@ -186,7 +186,8 @@ class Cohort:
         parts = member.arm.train_step(batch, teacher)
         step = member.arm.step
         ends = step % self.steps_per_epoch == 0 or step == member.arm.total_steps
-        if step == 1 or step % member.config.runtime.log_every == 0 or ends:
+        begins = step == 1 or member.arm.objective.begins(step - 1)
+        if begins or step % member.config.runtime.log_every == 0 or ends:
             member.recorder.metrics(step, {name: _number(value) for name, value in parts.items()})
         self.progress(member.frozen.arm_key, step, member.arm.total_steps)
 
@@ -289,6 +290,10 @@ def choose_device(wanted: str) -> torch.device:
         raise UserError(f"runtime.device={wanted} is not a device; write auto, cpu, cuda or cuda:0.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"runtime.device={wanted}, but no CUDA device is usable here; choose runtime.device=cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"runtime.device={wanted}, but there are {torch.cuda.device_count()} CUDA devices, numbered from 0."
+        )
     return device
 
 
