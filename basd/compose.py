@@ -176,7 +176,7 @@ def _override_problems(overrides: Sequence[str]) -> list[str]:
         if key not in choices or isinstance(value, dict | list):
             values.append((text, key, value))
         elif str(value) not in choices[key]:
-            problems.append(f"{key}={value} is not known {suggest(str(value), choices[key])}")
+            problems.append(f"{key}={value} is not known{suggest(str(value), choices[key])}")
         else:
             groups.append(text)
     if problems:
@@ -195,8 +195,8 @@ def _value_problem(base: Any, text: str, key: str, value: Any) -> str | None:
         where = f" of {parent}" if parent else ""
         if parent and not known:
             top = key.split(".")[0]
-            return f"{key} is not a setting {suggest(top, [str(k) for k in base if k != 'hydra'])}"
-        return f"{key} is not a setting{where} {suggest(leaf, known)}"
+            return f"{key} is not a setting{suggest(top, [str(k) for k in base if k != 'hydra'])}"
+        return f"{key} is not a setting{where}{suggest(leaf, known)}"
     try:
         OmegaConf.update(base, key, value)
     except OmegaConfBaseException as error:

@@ -139,11 +139,11 @@ def join_problems(problems: list[str]) -> str:
 
 
 def suggest(word: str, choices: typing.Iterable[str]) -> str:
-    """'; did you mean X?' where one of the choices is near, then the choices."""
+    """The end of a sentence about an unknown word: "; did you mean X? Choices: …" or "; choose one of: …"."""
     choices = sorted(choices)
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}(choices: {', '.join(choices)})"
+    listed = ", ".join(choices)
+    return f"; did you mean {near[0]}? Choices: {listed}." if near else f"; choose one of: {listed}."
 
 
 def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
@@ -154,7 +154,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            problems.append(f"{_join(path, key)} is not a setting {suggest(str(key), fields)}")
+            problems.append(f"{_join(path, key)} is not a setting{suggest(str(key), fields)}")
     arguments: dict[str, Any] = {}
     for name, spec in fields.items():
         where = _join(path, name)
@@ -166,7 +166,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
         if cls is Config and name in GROUPS:
             choice = value.get("name") if isinstance(value, Mapping) else value
             if choice not in GROUPS[name]:
-                problems.append(f"{where}={choice} is not known {suggest(str(choice), GROUPS[name])}")
+                problems.append(f"{where}={choice} is not known{suggest(str(choice), GROUPS[name])}")
             else:
                 arguments[name] = _build(GROUPS[name][choice], value, where, problems)
         elif dataclasses.is_dataclass(hints[name]):
@@ -206,7 +206,7 @@ def _value(value: Any, hint: Any, metadata: Mapping[str, Any], path: str, proble
         return None
     choices = metadata.get("choices")
     if choices and value not in choices:
-        problems.append(f"{path}={value} is not known {suggest(str(value), choices)}")
+        problems.append(f"{path}={value} is not known{suggest(str(value), choices)}")
     if "min" in metadata and value < metadata["min"]:
         problems.append(f"{path}={value} must be at least {metadata['min']}")
     if "max" in metadata and value > metadata["max"]:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from basd.cli import console
-from basd.compose import register
+from basd.compose import compose, register
 from basd.errors import UserError
 from basd.grid.single import train_one
 
@@ -31,8 +33,25 @@ def job(_config: DictConfig) -> float:
     return metrics.get("val/top1", float("nan")) if status == 0 else float("nan")
 
 
+def first_combination(overrides: Sequence[str]) -> list[str]:
+    """The first job of a sweep; sweeps without a first value (intervals) and Hydra's own settings are left out."""
+    chosen = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group.split("/")[0].split(".")[0] == "hydra":
+            continue
+        if not override.is_sweep_override():
+            chosen.append(override.input_line or "")
+        elif override.is_discrete_sweep():
+            chosen.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
+    return chosen
+
+
 def multirun(overrides: Sequence[str], *, again: bool) -> int:
     """Hand the command line to Hydra. Interrupted, run it again: finished arms are not repeated."""
+    try:
+        compose(first_combination(overrides))
+    except HydraException as error:
+        raise UserError(f"{' '.join(str(error).split())}; write KEY=VALUE or KEY=A,B.") from error
     register()
     os.environ[AGAIN] = "1" if again else ""
     sys.argv = ["basd train", "--multirun", *overrides]

@@ -174,6 +174,22 @@ def test_train_again_is_a_run_of_its_own_that_no_table_counts(grid, cache: Path)
 
 
 @pytest.mark.slow
+def test_multirun_trains_every_combination_and_repeats_none(cache: Path, tmp_path: Path) -> None:
+    command = ["train", "-m", *TINY, "recipe.duration=6 steps", "method=ce", "seed=0,1"]
+    first = basd(*command, cwd=tmp_path, cache=cache)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert len(metrics_of(tmp_path)) == 2
+    again = basd(*command, cwd=tmp_path, cache=cache)
+    assert again.stdout.count("Finished before") == 2
+    wrong = basd("train", "-m", *TINY, "method=ce", "student.points=[0,9],2", cwd=tmp_path, cache=cache)
+    assert "student.points holds block 9" in wrong.stdout
+    assert "Traceback" not in wrong.stdout + wrong.stderr
+    unknown = basd("train", "-m", "selctor=uniform,forward", cwd=tmp_path, cache=cache)
+    assert unknown.returncode == 2
+    assert "did you mean selector?" in unknown.stderr
+
+
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(grid, cache: Path, tmp_path: Path) -> None:
     folder, _ = grid
     command = [sys.executable, "-m", "basd", "grid", *TABLE]

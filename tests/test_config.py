@@ -82,7 +82,7 @@ def test_from_dict_refuses_what_the_command_line_would() -> None:
     broken = {**values, "sed": 1, "selector": {**values["selector"], "temperature": "hot"}}
     with pytest.raises(UserError) as error:
         from_dict(broken)
-    assert "sed is not a setting did you mean seed?" in str(error.value)
+    assert "sed is not a setting; did you mean seed?" in str(error.value)
     assert "selector.temperature='hot' must be a number" in str(error.value)
 
 

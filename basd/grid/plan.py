@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+import basd
 from basd.compose import (
     Composed,
     compose,
@@ -139,13 +139,14 @@ class Plan:
             ) from error
 
 
-def ablation_files() -> dict[str, Any]:
+def ablation_files() -> dict[str, Path]:
     """Ablations by name: experiments/ of the working directory first, then those that came with BASD."""
-    found: dict[str, Any] = {}
-    packaged = importlib.resources.files("experiments")
+    found: dict[str, Path] = {}
+    # beside the package, in a checkout and in a wheel; by import a folder of that name in the working directory could hide it
+    packaged = Path(basd.__file__).resolve().parent.parent / "experiments"
     for folder in (packaged, Path("experiments")):
         if folder.is_dir():
-            found.update({Path(f.name).stem: f for f in folder.iterdir() if f.name.endswith(".yaml")})
+            found.update({file.stem: file for file in folder.glob("*.yaml")})
     return found
 
 
@@ -153,7 +154,7 @@ def load_ablation(name: str) -> Ablation:
     """Read and check an ablation's file."""
     files = ablation_files()
     if name not in files:
-        raise UserError(f"{name} is not an ablation {suggest(name, files)}")
+        raise UserError(f"{name} is not an ablation{suggest(name, files)}")
     try:
         values = yaml.safe_load(files[name].read_text())
     except yaml.YAMLError as error:
@@ -188,7 +189,7 @@ def load_ablation(name: str) -> Ablation:
         raise UserError(f"experiments/{name}.yaml names a row twice; give each row its own name.")
     if ablation.reference not in names:
         raise UserError(
-            f"experiments/{name}.yaml: the reference {ablation.reference} is not a row {suggest(ablation.reference, names)}"
+            f"experiments/{name}.yaml: the reference {ablation.reference} is not a row{suggest(ablation.reference, names)}"
         )
     return ablation
 
@@ -318,7 +319,7 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
     known = [row.name for row in ablation.rows]
     for wanted_row in options.rows or ():
         if wanted_row not in known:
-            raise UserError(f"{wanted_row} is not a row of {name} {suggest(wanted_row, known)}")
+            raise UserError(f"{wanted_row} is not a row of {name}{suggest(wanted_row, known)}")
     chosen = [row for row in ablation.rows if options.rows is None or row.name in options.rows]
     if options.rows is not None and ablation.reference not in options.rows:
         raise UserError(

@@ -84,11 +84,11 @@ def test_rows_that_are_one_computation_share_arms(tiny_plan, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "overrides", "said"),
     [
-        ("leave_one_ot", [], "leave_one_ot is not an ablation did you mean leave_one_out?"),
+        ("leave_one_ot", [], "leave_one_ot is not an ablation; did you mean leave_one_out?"),
         (
             "leave_one_out",
             ["rows=[basd,without_rsdd]"],
-            "without_rsdd is not a row of leave_one_out did you mean without_rsd?",
+            "without_rsdd is not a row of leave_one_out; did you mean without_rsd?",
         ),
         ("leave_one_out", ["rows=[ce]"], "the reference row basd must be among"),
         ("leave_one_out", ["seeds=[]"], "seeds must name at least one whole number"),
