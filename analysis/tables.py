@@ -365,8 +365,8 @@ def _version_note(layout: Layout, part: pd.DataFrame, allow_mixed_code: bool) ->
     listed = ", ".join(f"{version} ({count(len(arms[version]), 'arm')})" for version in sorted(arms))
     if len(arms) > 1 and not allow_mixed_code:
         raise UserError(
-            f"The arms of table '{layout.name}' were trained by {len(arms)} versions of the code: {listed}; train the "
-            f"others again with `basd grid {layout.name} --retrain-stale`, or print the table with --allow-mixed-code."
+            f"The arms of table '{layout.name}' were trained by {len(arms)} versions of the code: {listed}; print "
+            "the table with --allow-mixed-code, or train all of it with one version in a directory of its own."
         )
     dirty = (
         " The commit does not pin down code that is -dirty."

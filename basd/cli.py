@@ -110,9 +110,9 @@ def _os_sentence(error: OSError) -> str:
 
 
 def console(quiet: bool = False) -> Console:
-    from rich.console import Console
+    from basd.grid.display import make_console
 
-    return Console(highlight=False, soft_wrap=True, force_terminal=False if quiet else None)
+    return make_console(quiet)
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------------
@@ -190,6 +190,7 @@ def train(given: argparse.Namespace, overrides: list[str]) -> int:
 
 def plan(given: argparse.Namespace, overrides: list[str]) -> int:
     from rich.table import Table
+    from rich.text import Text
 
     from basd.grid.ledger import Ledger
 
@@ -205,7 +206,9 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> int:
         done = sum(1 for key in keys if key in states and states[key].state == "complete")
         own = " ".join(text for text in row.overrides if text not in reference)
         shown = "(the reference)" if row.name == made.reference else own or "nothing: the same arms"
-        table.add_row(row.label, shown, ",".join(str(seed) for seed in made.seeds), f"{done} of {len(keys)}")
+        # as Text: a label is not rich's markup
+        cells = (row.label, shown, ",".join(str(seed) for seed in made.seeds), f"{done} of {len(keys)}")
+        table.add_row(*(Text(cell) for cell in cells))
     screen.print(table)
     done = sum(state.state == "complete" for state in states.values())
     steps = sum(
@@ -237,7 +240,7 @@ def grid(given: argparse.Namespace, overrides: list[str]) -> int:
     if not outcome.mirrored:
         screen.print(f"Not everything is in MLflow yet: {outcome.mirror_problem}", markup=False)
     if outcome.complete and outcome.mirrored:
-        _report(made, options, screen, given.allow_mixed_code)
+        _report(made, options, screen, given.allow_mixed_code, Path(made.runtime["reports"]))
     parts = {"setting up and teacher": prepared, **outcome.seconds}
     spent = ", ".join(f"{name} {duration(value)}" for name, value in parts.items() if value >= 0.5)
     trained = f"Trained {outcome.trained} arms" if outcome.trained else "Nothing to train: every arm was complete"
@@ -249,7 +252,7 @@ def grid(given: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if outcome.ok and outcome.mirrored else 1
 
 
-def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code: bool) -> None:
+def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code: bool, reports: Path) -> None:
     import analysis
 
     uri = options.tracking_uri
@@ -264,8 +267,7 @@ def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code:
         seeds=made.seeds,
         notes=(f"Setting: {made.setting}; teacher {_teacher_note(made)}.", f"Plan {made.hash}."),
     )
-    directory = Path(made.runtime["reports"]) / made.setting
-    report = analysis.write_report(frame, layout, directory, allow_mixed_code=allow_mixed_code)
+    report = analysis.write_report(frame, layout, reports / made.setting, allow_mixed_code=allow_mixed_code)
     for warning in report.warnings:
         screen.print(f"Note: {warning}", markup=False)
     screen.print(report.table.to_rich())
@@ -296,11 +298,21 @@ def report(given: argparse.Namespace, overrides: list[str]) -> int:
     if given.name is not None and len(paths) > 1:
         choices = ", ".join(path.parent.parent.name for path in paths)
         raise UserError(f"several settings hold {given.name}; choose one with setting=… ({choices}).")
+    said = {text.partition("=")[0] for text in overrides}
+    failed = 0
     for path in paths:
         made = Plan.load(path)
-        options = GridOptions.from_config(made.config, tracking_uri=config.tracking.uri)
-        _report(made, options, screen, given.allow_mixed_code)
-    return 0
+        # the plan knows where its runs are; the command line may say otherwise
+        options = GridOptions.from_config(config if "tracking.uri" in said else made.config)
+        reports = Path(config.runtime.reports if "runtime.reports" in said else made.runtime["reports"])
+        try:
+            _report(made, options, screen, given.allow_mixed_code, reports)
+        except UserError as error:
+            if given.name is not None:
+                raise
+            failed += 1
+            print(f"basd: {made.name} in {made.setting}: {error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _run_sections(overrides: list[str]) -> tuple[str | None, Any]:

@@ -210,13 +210,12 @@ def overridden_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def setting_name(overrides: Sequence[str]) -> str:
-    """`<data>-<teacher>-<student>-<recipe>`, plus 6 hex digits where the overrides change a semantic field of these groups'."""
+    """`<data>-<teacher>-<student>-<recipe>`, plus 6 hex digits where the overrides change a field of these."""
     composed = compose(overrides, combinations=False)
     plain = compose(setting_groups(overrides), combinations=False)
     name = "-".join(composed.choices[group] for group in SETTING_GROUPS)
-    left_out = (*NOT_SEMANTIC, "seed")
     before, after = plain.config.to_dict(), composed.config.to_dict()
-    changed = {key: after[key] for key in after if key not in left_out and after[key] != before[key]}
+    changed = {group: after[group] for group in SETTING_GROUPS if after[group] != before[group]}
     return f"{name}-{digest(changed)[:6]}" if changed else name
 
 

@@ -278,7 +278,9 @@ def duration_errors(recipe: RecipeConfig) -> list[str]:
     problems = []
     for key in ("duration", "lr_warmup"):
         try:
-            steps = parse_duration(getattr(recipe, key), steps_per_epoch=100, total_steps=1000)
+            # only a length within training can be a part of it
+            whole = 1000 if key == "lr_warmup" else None
+            steps = parse_duration(getattr(recipe, key), steps_per_epoch=100, total_steps=whole)
             if key == "duration" and steps < 1:
                 problems.append(f"recipe.{key}={getattr(recipe, key)} must be at least one step")
         except ValueError as error:
@@ -290,10 +292,13 @@ def duration_errors(recipe: RecipeConfig) -> list[str]:
 
 
 def normalized(config: Config) -> dict[str, Any]:
-    """The semantic fields that have an effect in this combination; equal results ↔ equal dictionaries."""
+    """The semantic fields that have an effect in this combination; equal dictionaries → equal results."""
     values = config.to_dict()
     for section in NOT_SEMANTIC:
         del values[section]
+    for section in ("student", "recipe"):
+        # a preset's name says nothing that its fields do not
+        del values[section]["name"]
     enabled = config.enabled
     for name in LOSSES:
         if name not in enabled:
@@ -309,7 +314,6 @@ def normalized(config: Config) -> dict[str, Any]:
             del values[section]
         del values["student"]["points"]
         values["mixing"].pop("targets", None)
-        values["views"].pop("geometry", None)
     else:
         # a count and the blocks that it means are one choice
         values["student"]["points"] = list(config.points)
@@ -341,20 +345,50 @@ def normalized(config: Config) -> dict[str, Any]:
 
 
 def without_effect(config: Config, overridden: typing.Iterable[str]) -> list[str]:
-    """Sentences about overridden keys that change nothing in this combination."""
-    effective = dict(flatten(normalized(config)))
-    everything = dict(flatten(config.to_dict()))
-    sections = {key.split(".")[0] for key in effective}
+    """Sentences about overridden keys that change nothing in this combination: any other value would do the same."""
+    effective = normalized(config)
     notices = []
     for key in overridden:
-        top = key.split(".")[0]
-        if top in NOT_SEMANTIC or key in ("seed",) or key.endswith(".enabled"):
+        section = key.split(".")[0]
+        if section in NOT_SEMANTIC or key == "seed" or key.endswith((".enabled", ".weights")):
             continue
-        stands = key in effective or any(k.startswith(f"{key}.") for k in effective)
-        group_choice = key in GROUPS and key in sections
-        if not stands and not group_choice and (key in everything or key in GROUPS):
+        if key in GROUPS:
+            idle = section not in effective
+        else:
+            idle = normalized(_perturbed(config, key)) == effective
+        if idle:
             notices.append(f"{key} has no effect in this combination")
     return notices
+
+
+def remarks(config: Config) -> list[str]:
+    """What a person should know of this combination."""
+    entropy = getattr(config.selector, "entropy", "none")
+    if config.enabled == ("attn",) and entropy != "none":
+        return ["with attn alone the selector gets no gradient from a loss, so its entropy term is off"]
+    return []
+
+
+def _perturbed(config: Config, key: str) -> Config:
+    """The configuration with another value, not checked, in every leaf at or below a key."""
+
+    def other(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.replace(
+                value, **{f.name: other(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, int | float):
+            return value + 1
+        return [*value, 1] if isinstance(value, list) else f"{value}'"
+
+    def put(node: Any, path: list[str]) -> Any:
+        if not path:
+            return other(node)
+        return dataclasses.replace(node, **{path[0]: put(getattr(node, path[0]), path[1:])})
+
+    return put(config, key.split("."))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from basd.components.losses import TOKEN_LOSSES, LossesConfig, enabled_losses
 from basd.components.losses.attn import UNIFORM, layer_information
 from basd.components.losses.rel import PAIRS_STREAM
+from basd.components.losses.rsd import correlation_floor
 from basd.components.selectors.adaptive_spectral import normalized_entropy
 from basd.components.sizes import Sizes
 from basd.components.target_mixing import mix_attention, mix_tokens
 from basd.components.token_aligners.diagnostics import aligner_diagnostics
-from basd.data.mixing import Mix
 from basd.models.resampling import resample_attention
 from basd.models.student import StudentOutput
 from basd.models.teacher import TeacherOutput
+
+if TYPE_CHECKING:
+    from basd.data.mixing import Mix
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Objective(nn.Module):
         self.mixing_targets = parts.mixing_targets
         self.warmup = parts.warmup
         self.enabled = enabled_losses(parts.losses)
+        self.rsd_config = parts.losses.rsd
         self._shares: Tensor | None = None
         token_losses = [name for name in self.enabled if name in TOKEN_LOSSES]
         self.losses = nn.ModuleDict()
@@ -178,6 +182,9 @@ class Objective(nn.Module):
             for name in active:
                 if name == "rsd":
                     losses[name] = self.losses[name](tokens, target)
+                    if diagnose:
+                        rsd = self.rsd_config
+                        parts["rsd/floor"] = correlation_floor(target.detach(), rsd.center, rsd.kappa)
                 elif name == "rel":
                     losses[name] = self.losses[name](projected, target, generator(PAIRS_STREAM))
                 elif name == "spectral":

@@ -50,6 +50,7 @@ def test_the_default_is_the_complete_method() -> None:
         (["seed"], ['"seed" is not an override; write KEY=VALUE']),
         (["+seed=1"], ["cannot be added or removed"]),
         (["recipe.duration=20"], ["recipe.duration", "is not a length"]),
+        (["recipe.duration=10%"], ["recipe.duration", "needs a whole to be a part of"]),
         (["student.points=[1,9]"], ["student.points holds block 9, but the student's 4 blocks are 0 to 3"]),
         (["student.points=9"], ["student.points=9 must be between 1 and the student's 4 blocks"]),
         (["student.points=[2,1]"], ["must be increasing"]),
@@ -107,6 +108,17 @@ def test_from_dict_refuses_what_the_command_line_would() -> None:
 )
 def test_equal_computations_have_one_key(one: list[str], other: list[str]) -> None:
     assert key_of(*one) == key_of(*other)
+
+
+def test_different_computations_have_different_keys() -> None:
+    pairs = [
+        (["method=ce"], ["method=ce", "views.geometry=independent"]),
+        (["method=ce"], ["method=ce", "mixing=cutmix"]),
+        (["weighting=uwso"], ["weighting=equal"]),
+        (["warmup.length=0.2"], []),
+    ]
+    for one, other in pairs:
+        assert key_of(*one) != key_of(*other), (one, other)
 
 
 def test_every_semantic_field_is_in_the_key() -> None:
@@ -173,6 +185,8 @@ def test_fields_without_effect_are_reported() -> None:
     overrides = ["losses.rsd.enabled=false", "losses.rsd.kappa=0.5", "mixing=none", "seed=3", "runtime.threads=2"]
     notices = without_effect(compose(overrides).config, overridden_keys(overrides))
     assert notices == ["losses.rsd.kappa has no effect in this combination"]
+    effective = ["selector.entropy_weight=0", "warmup=simultaneous", "warmup.length=0", "teacher.weights=x.safetensors"]
+    assert without_effect(compose(effective).config, overridden_keys(effective)) == []
     ce = ["method=ce", "selector=uniform", "selector.name=uniform"]
     assert "selector has no effect in this combination" in without_effect(compose(ce).config, overridden_keys(ce))
     alone = [f"losses.{name}.enabled=false" for name in ("rsd", "rel", "spectral")] + ["selector.entropy_weight=0.5"]
@@ -220,6 +234,7 @@ def test_setting_names() -> None:
     assert len(changed) == len(plain) + 7
     assert changed == name("recipe.lr=0.01", "runtime.threads=3")
     assert changed != name("recipe.lr=0.02")
+    assert name("selector=uniform", "method=ce") == plain, "a component is not the setting"
     assert name("student=deit_tiny", "data.image_size=224", "teacher=dinov2_vits14").startswith(
         "digits-dinov2_vits14-deit_tiny-digits-"
     )

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+def make_console(quiet: bool = False) -> Console:
+    """Where commands print; quiet never draws."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole(highlight=False, soft_wrap=True, force_terminal=False if quiet else None)
+
+
 def steps_done(directory: Path) -> int:
     """The step that an arm in training last reported."""
     return int((read_json(directory / "progress.json") or {}).get("step", 0))

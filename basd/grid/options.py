@@ -57,13 +57,12 @@ class GridOptions:
 
     def devices(self) -> list[str]:
         """The CUDA devices to give one worker each; empty on CPU."""
-        if self.device == "cpu":
+        # a device named by its number is used as it is, by one worker
+        if self.device == "cpu" or self.device.startswith("cuda:"):
             return []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None and self.device in ("auto", "cuda"):
             return [name for name in visible.split(",") if name and name != "-1"]
-        if self.device.startswith("cuda:"):
-            return [self.device.removeprefix("cuda:")]
         import torch
 
         return [str(i) for i in range(torch.cuda.device_count())]
@@ -72,5 +71,7 @@ class GridOptions:
         """How many worker processes to start."""
         if self.processes > 0:
             return self.processes
+        if self.device.startswith("cuda:"):
+            return 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return devices or max(1, cores // max(1, self.threads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from basd.compose import (
     overridden_keys,
     setting_name,
 )
-from basd.config import Config, FrozenArm, digest, flatten, keys_of, normalized, suggest, without_effect
+from basd.config import Config, FrozenArm, digest, flatten, keys_of, normalized, remarks, suggest, without_effect
 from basd.data import load as load_data
 from basd.data.images import fingerprint
 from basd.errors import UserError
+from basd.models.taps import attention_of
 from basd.training.cohort import choose_device
 from basd.training.recipe import parse_duration
 from basd.training.teachers import PreparedTeacher, prepare_teacher
@@ -184,6 +186,9 @@ def load_ablation(name: str) -> Ablation:
             f"experiments/{name}.yaml lacks or misspells {error}; it needs question, reference, seeds and rows with name and "
             "overrides."
         ) from error
+    problem = _file_problem(ablation, values)
+    if problem:
+        raise UserError(f"experiments/{name}.yaml: {problem}")
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
         raise UserError(f"experiments/{name}.yaml names a row twice; give each row its own name.")
@@ -192,6 +197,35 @@ def load_ablation(name: str) -> Ablation:
             f"experiments/{name}.yaml: the reference {ablation.reference} is not a row{suggest(ablation.reference, names)}"
         )
     return ablation
+
+
+METRICS = ("test/top1", "test/top5", "test/nll", "test/ece", "val/top1")
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+
+
+def _file_problem(ablation: Ablation, values: Mapping[str, Any]) -> str:
+    """The first thing that is wrong with an ablation's file, in one sentence, or nothing."""
+    known = ("question", "reference", "metric", "seeds", "rows")
+    for key in values:
+        if key not in known:
+            return f"{key} is not known here{suggest(str(key), known)}"
+    if not re.fullmatch(NAME, ablation.name):
+        return f"the name {ablation.name} must be letters, digits, dots, dashes and underscores; rename the file."
+    if ablation.metric not in METRICS:
+        return f"metric: {ablation.metric} is not a final metric{suggest(ablation.metric, METRICS)}"
+    if any(seed < 0 for seed in ablation.seeds) or len(set(ablation.seeds)) < len(ablation.seeds):
+        return f"seeds {list(ablation.seeds)} must be different whole numbers from 0 on."
+    for row in values["rows"]:
+        for key in row:
+            if key not in ("name", "label", "section", "overrides"):
+                return f"row {row['name']}: {key} is not known here{suggest(str(key), ('name', 'label', 'section', 'overrides'))}"
+        if not isinstance(row["overrides"], list):
+            return f"row {row['name']}: overrides must be a list, such as [method=basd, selector=uniform]."
+        if not re.fullmatch(NAME, str(row["name"])):
+            return f"the row name {row['name']} must be letters, digits, dots, dashes and underscores; say the rest in its label."
+        if any(str(text).partition("=")[0] == "seed" for text in row["overrides"]):
+            return f"row {row['name']} sets seed; seeds belong to the whole table, under seeds."
+    return ""
 
 
 @dataclass(frozen=True)
@@ -241,10 +275,6 @@ class Resources:
 def prepare(config: Config, progress: Callable[[int, int], None] | None = None) -> Resources:
     """Load the data and make the teacher ready, fitting it on first use."""
     splits = load_data(config.data)
-    if len(splits.train) < config.recipe.batch_size:
-        raise UserError(
-            f"recipe.batch_size={config.recipe.batch_size} is more than the {len(splits.train)} training images; lower it."
-        )
     teacher = prepare_teacher(config.teacher, config.data, splits, progress)
     return Resources(teacher, fingerprint(splits), len(splits.train))
 
@@ -266,12 +296,25 @@ class Preparer:
 def freeze(composed: Composed, setting: str, resources: Resources) -> FrozenArm:
     """The arm of a configuration: keys, name, parameters for the tracker."""
     config = composed.config
+    steps_per_epoch = resources.train_size // config.recipe.batch_size
+    if steps_per_epoch < 1:
+        raise UserError(
+            f"recipe.batch_size={config.recipe.batch_size} is more than the {resources.train_size} training images; lower it."
+        )
+    total_steps = parse_duration(config.recipe.duration, steps_per_epoch)
+    if total_steps < 1:
+        raise UserError(f"recipe.duration={config.recipe.duration} is less than one step; make it longer.")
+    heads = attention_of(resources.teacher.model, 0).num_heads
+    if "attn" in config.enabled and config.head_aligner.name == "none" and heads != config.student.heads:
+        raise UserError(
+            f"head_aligner=none needs equal head counts, but the student has {config.student.heads} and the teacher {heads}; "
+            "choose head_aligner=conv."
+        )
     keys = keys_of(
         config,
         teacher_fingerprint=resources.teacher.fingerprint,
         data_fingerprint=resources.data_fingerprint,
     )
-    steps_per_epoch = resources.train_size // config.recipe.batch_size
     return FrozenArm(
         arm_key=keys.arm,
         configuration_key=keys.configuration,
@@ -284,7 +327,7 @@ def freeze(composed: Composed, setting: str, resources: Resources) -> FrozenArm:
         version=code_version(),
         teacher_fingerprint=resources.teacher.fingerprint,
         data_fingerprint=resources.data_fingerprint,
-        total_steps=parse_duration(config.recipe.duration, steps_per_epoch),
+        total_steps=total_steps,
     )
 
 
@@ -311,6 +354,10 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
     """Expand an ablation into frozen arms. Every row is composed and checked before the teacher is touched."""
     ablation = load_ablation(name)
     options, base = split_overrides(overrides)
+    if any(text.partition("=")[0] == "setting" for text in overrides):
+        raise UserError(
+            "setting= chooses among finished tables (status, report); here data=, teacher=, student= and recipe= make it."
+        )
     if any(text.partition("=")[0] == "seed" for text in base):
         raise UserError(f"{name} has several seeds; write seeds=[0,1,2] instead of seed=….")
     seeds = options.seeds if options.seeds is not None else ablation.seeds
@@ -329,6 +376,8 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
     composed: dict[tuple[str, int], Composed] = {}
     notices: list[str] = []
     problems: list[str] = []
+    # overrides of the command line that change nothing in any row
+    unused = {f"{key} has no effect in this combination" for key in overridden_keys(base)}
     for row in chosen:
         wanted = merge_overrides(base, row.overrides)
         try:
@@ -336,7 +385,9 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
         except UserError as error:
             problems.append(f"row {row.name}: {error}")
             continue
-        notices += [f"row {row.name}: {text}" for text in without_effect(one.config, overridden_keys(row.overrides))]
+        idle = [*without_effect(one.config, overridden_keys(row.overrides)), *remarks(one.config)]
+        notices += [f"row {row.name}: {text}" for text in idle]
+        unused &= set(without_effect(one.config, overridden_keys(base)))
         for seed in seeds:
             composed[row.name, seed] = dataclasses.replace(one, config=dataclasses.replace(one.config, seed=seed))
     if problems:
@@ -367,5 +418,5 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
         version=code_version(),
         hash=digest(identity)[:12],
         teacher_top1=preparer(composed[ablation.reference, seeds[0]].config).teacher.test_top1,
-        notices=tuple(dict.fromkeys(notices)),
+        notices=(*sorted(unused), *dict.fromkeys(notices)),
     )

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from basd.compose import compose, overridden_keys, setting_groups, setting_name
-from basd.config import FrozenArm, without_effect
+from basd.compose import compose, overridden_keys, setting_name
+from basd.config import FrozenArm, remarks, without_effect
 from basd.errors import UserError
 from basd.grid.display import Display, duration
 from basd.grid.ledger import Ledger
@@ -18,7 +18,7 @@ from basd.grid.plan import freeze, prepare
 from basd.grid.worker import Stop, Worker, load_trainer
 from basd.grid.worker import prepare as prepare_directory
 from basd.tracking.journal import Journal, last_event
-from basd.tracking.mirror import Mirror, check_tracking
+from basd.tracking.mirror import Mirror, check_tracking, is_mirrored
 from basd.training.cohort import choose_device
 
 if TYPE_CHECKING:
@@ -30,16 +30,10 @@ def frozen_arm(
 ) -> tuple[FrozenArm, list[str]]:
     """The arm that a command line describes, and notices about overrides that change nothing."""
     composed = compose(overrides)
-    groups = set(setting_groups(overrides))
-    # an arm of `basd train` belongs to the setting of its data, teacher, student and recipe, whatever its components
-    base = [
-        text for text in overrides if text in groups or text.split(".")[0] in ("data", "teacher", "student", "recipe")
-    ]
-    setting = setting_name(base)
+    setting = setting_name(overrides)
     choose_device(composed.config.runtime.device)
-    return freeze(composed, setting, prepare(composed.config, teacher_progress)), without_effect(
-        composed.config, overridden_keys(overrides)
-    )
+    notices = [*without_effect(composed.config, overridden_keys(overrides)), *remarks(composed.config)]
+    return freeze(composed, setting, prepare(composed.config, teacher_progress)), notices
 
 
 def train_one(
@@ -66,6 +60,7 @@ def train_one(
                 f"Finished before: {_shown(state.metrics)}. `basd train --again …` repeats it under a new run.",
                 markup=False,
             )
+            _send_rest(arm, options, screen)
             return 0, state.metrics
     check_tracking(options.tracking_uri)
     display = Display(screen, arm.name, arm.total_steps, 1, quiet=quiet)
@@ -88,6 +83,20 @@ def train_one(
         raise UserError(f"the arm failed: {reason}")
     screen.print(f"{_shown(metrics)} after {duration(time.monotonic() - began)}. Runs: mlflow ui", markup=False)
     return 0, metrics
+
+
+def _send_rest(arm: FrozenArm, options: GridOptions, screen: Console) -> None:
+    """What MLflow lacks of a finished arm, after an outage."""
+    directory = options.arm_directory(arm.setting, arm.arm_key)
+    if is_mirrored(directory, options.tracking_uri):
+        return
+    check_tracking(options.tracking_uri)
+    mirror = Mirror(options.tracking_uri)
+    mirror.add(directory, expected=1)
+    if mirror.drain(120.0):
+        screen.print("MLflow has everything now.", markup=False)
+    else:
+        screen.print(f"Not everything is in MLflow yet ({mirror.problem}).", markup=False)
 
 
 def _shown(metrics: dict[str, float]) -> str:

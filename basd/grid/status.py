@@ -111,6 +111,7 @@ def _count(states: list[ArmState | None]) -> Counts:
 def print_status(tables: list[TableStatus], console: Console) -> None:
     """One table per ablation, failures below it."""
     from rich.table import Table
+    from rich.text import Text
 
     if not tables:
         console.print("Nothing was planned here yet; start with `basd grid NAME`.", markup=False)
@@ -122,7 +123,7 @@ def print_status(tables: list[TableStatus], console: Console) -> None:
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         shown = Table("row", *(["done", "running", "waiting", "failed"]))
         for label, row in table.rows.items():
-            shown.add_row(label, *(str(n) if n else "" for n in (row.done, row.running, row.waiting, row.failed)))
+            shown.add_row(Text(label), *(str(n) if n else "" for n in (row.done, row.running, row.waiting, row.failed)))
         console.print(shown)
         for arm, reason, log in table.failures:
             console.print(f"Failed: {arm}: {reason}" + (f"; log: {log}" if log else ""), markup=False, soft_wrap=True)

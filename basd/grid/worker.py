@@ -48,11 +48,14 @@ def prepare(arm: FrozenArm, directory: Path) -> None:
         log.warning(
             "arm %s was begun by code %s; it starts again with %s", arm.arm_key, before.get("version"), arm.version
         )
-        for checkpoint in directory.glob("checkpoint*.pt"):
-            checkpoint.unlink(missing_ok=True)
+        # the journal goes before arm.json changes, so that a mirror never takes old points for the new version's
+        for left in (*directory.glob("checkpoint*.pt"), directory / "journal.jsonl"):
+            left.unlink(missing_ok=True)
     if before != arm.to_dict():
         write_json(directory / "arm.json", arm.to_dict(), durable=True)
-        write_text(directory / "config.yaml", yaml.safe_dump(arm.config, sort_keys=False, allow_unicode=True))
+        # this file goes to the tracking server: addresses, which may hold passwords, stay out of it
+        public = {name: section for name, section in arm.config.items() if name not in ("tracking", "ledger")}
+        write_text(directory / "config.yaml", yaml.safe_dump(public, sort_keys=False, allow_unicode=True))
 
 
 class Progress:

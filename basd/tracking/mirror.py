@@ -259,6 +259,9 @@ class Mirror:
 
     def _send(self, arm: _Arm) -> None:
         store = self._store(arm)
+        spec = read_json(arm.directory / "arm.json")
+        if spec is not None and spec["version"] != arm.spec["version"]:
+            arm.spec, arm.sure = spec, False  # begun anew by other code since this mirror took the directory
         if not arm.sure:
             self._find_run(arm, store)
         if not arm.config_sent and (arm.directory / "config.yaml").exists():

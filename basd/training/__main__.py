@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +27,14 @@ class FileRecorder:
             file.write(json.dumps({"step": step, "metrics": dict(values)}) + "\n")
 
     def flush(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def rewind(self, position: int) -> None:
-        if self.path.exists():
-            with open(self.path, "r+b") as file:
-                file.truncate(position)
+        if position > self.flush():
+            raise ValueError(f"{self.path} is shorter than its checkpoint knows")
+        os.truncate(self.path, position)
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +51,7 @@ def main(arguments: list[str]) -> int:
             )
         recorders = [FileRecorder(path.parent / "metrics.jsonl") for path in paths]
         results = train_cohort(arms, [path.parent for path in paths], recorders)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     for result in results:

@@ -199,14 +199,20 @@ class Cohort:
             values.update(arm.evaluate(self.splits.validation, "val"))
         member.recorder.metrics(arm.step, values)
         if final:
+            if not self.owned(member.frozen.arm_key):
+                return self._lost(member)
             self._save(member)
             return self._complete(member)
         if time.monotonic() - member.saved_at >= member.config.runtime.checkpoint_interval:
-            self._save(member)
             if not self.owned(member.frozen.arm_key):
-                log.warning("arm %s is now another worker's; leaving it", member.frozen.arm_key)
-                return ArmResult(member.frozen.arm_key, "stopped", reason="taken over by another worker")
+                return self._lost(member)
+            self._save(member)
         return None
+
+    def _lost(self, member: _Member) -> ArmResult:
+        """The arm is another worker's now, whose checkpoint must not be overwritten."""
+        log.warning("arm %s is now another worker's; leaving it", member.frozen.arm_key)
+        return ArmResult(member.frozen.arm_key, "stopped", reason="taken over by another worker")
 
     def _complete(self, member: _Member) -> ArmResult:
         """The test set is read here, once, after the last step."""

@@ -104,7 +104,9 @@ def _digits_vit(
                 fresh = path.with_suffix(".tmp")
                 save_file(model.state_dict(), fresh)
                 os.replace(fresh, path)
-                facts.write_text(json.dumps({"test_top1": top1}))
+                said = facts.with_suffix(".json.tmp")
+                said.write_text(json.dumps({"test_top1": top1}))
+                os.replace(said, facts)
             else:
                 _load_into(model, path)
     except OSError as error:

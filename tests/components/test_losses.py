@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from basd.components.losses import LOSSES, TOKEN_LOSSES, LossesConfig, enabled_losses, rsd
 from basd.components.losses.attn import UNIFORM, AttentionLossConfig, layer_information
 from basd.components.losses.rel import RelationLossConfig, draw_pairs, edge_products
-from basd.components.losses.rsd import RSDLossConfig, cross_correlation
+from basd.components.losses.rsd import RSDLossConfig, correlation_floor, cross_correlation
 from basd.components.losses.spectral import SpectralLossConfig
 from basd.components.sizes import Sizes
 from basd.models.resampling import resample_attention
@@ -441,3 +441,16 @@ def test_different_token_counts_are_noticed(name: str) -> None:
     for student, teacher in ((16, 15), (15, 16)):
         with pytest.raises((AssertionError, ValueError, RuntimeError)):
             call(name, loss, randn(2, 4, student, 8), randn(2, 4, teacher, 8, seed=1))
+
+
+def test_rsd_floor_is_the_loss_of_a_perfect_match() -> None:
+    """Correlated teacher channels: the identity target leaves κ·Σ_{i≠j}corr²/D; decorrelated ones leave nothing."""
+    teacher = randn(2, 8, 15, 6, seed=3)
+    teacher[..., 1] = teacher[..., 0] + 0.1 * teacher[..., 1]
+    own = cross_correlation(teacher, teacher, "position")
+    diagonal = own.diagonal(dim1=1, dim2=2)
+    on = (1 - diagonal).square().sum(1)
+    off = 0.5 * (own.square().sum((1, 2)) - diagonal.square().sum(1))
+    perfect = ((on + off) / 6).mean()
+    assert float(correlation_floor(teacher, "position", 0.5)) == pytest.approx(float(perfect), rel=1e-3)
+    assert float(correlation_floor(teacher, "position", 0.5)) > 0.1

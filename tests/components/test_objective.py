@@ -71,7 +71,7 @@ def test_named_parts(teacher: Teacher) -> None:
         assert isinstance(value, float | int) or (value.ndim == 0 and not value.requires_grad), name
     diagnosed = set(run(make(), teacher, diagnose=True).parts) - set(output.parts)
     kinds = ("input_variance_share", "spatial_variance_share", "row_entropy", "effective_rank")
-    assert diagnosed == {f"aligner/{kind}/{point}" for kind in kinds for point in POINTS}
+    assert diagnosed == {"rsd/floor", *(f"aligner/{kind}/{point}" for kind in kinds for point in POINTS)}
 
 
 @pytest.mark.parametrize("warmup", WARMUPS)

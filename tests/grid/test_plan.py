@@ -97,7 +97,7 @@ def test_rows_that_are_one_computation_share_arms(tiny_plan, tmp_path: Path) -> 
         ("leave_one_out", ["seed=1"], "write seeds=[0,1,2] instead"),
         ("leave_one_out", ["selctor=uniform"], "did you mean selector?"),
         ("leave_one_out", ["student.points=[0,7]"], "student.points holds block 7"),
-        ("leave_one_out", ["recipe.batch_size=5000"], "more than the 1197 training images"),
+        ("leave_one_out", ["setting=x"], "setting= chooses among finished tables"),
     ],
 )
 def test_bad_input_stops_before_anything_is_fitted(
@@ -126,6 +126,26 @@ def test_bad_input_stops_before_anything_is_fitted(
             "question: x\nreference: a\nseeds: [0]\nrows: [{name: a, overrides: [selector=none]}]\n",
             "row a: selector=none is not known",
         ),
+        (
+            "question: x\nreference: a\nmetirc: y\nseeds: [0]\nrows: [{name: a, overrides: []}]\n",
+            "metirc is not known here; did you mean metric?",
+        ),
+        (
+            "question: x\nreference: a\nmetric: test/top2\nseeds: [0]\nrows: [{name: a, overrides: []}]\n",
+            "test/top2 is not a final metric",
+        ),
+        (
+            "question: x\nreference: a\nseeds: [0, 0]\nrows: [{name: a, overrides: []}]\n",
+            "must be different whole numbers",
+        ),
+        (
+            "question: x\nreference: a\nseeds: [0]\nrows: [{name: a, overrides: method=basd}]\n",
+            "overrides must be a list",
+        ),
+        (
+            "question: x\nreference: a\nseeds: [0]\nrows: [{name: a, overrides: [seed=7]}]\n",
+            "row a sets seed",
+        ),
         ("!!python/object/apply:os.system ['touch ran']", "is not readable as YAML"),
     ],
 )
@@ -139,6 +159,24 @@ def test_a_broken_ablation_file_is_one_sentence(
         make_plan("mine")
     assert said in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("recipe.batch_size=5000", "more than the 1197 training images"),
+        ("recipe.duration=0.01 epochs", "is less than one step"),
+    ],
+)
+def test_every_row_trains_at_least_one_step(tiny_plan, tmp_path: Path, override: str, said: str) -> None:
+    """The second row is the wrong one: it must be looked at as well."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "short.yaml").write_text(
+        "question: x\nreference: a\nseeds: [0]\nrows:\n"
+        f"  - {{name: a, overrides: [method=basd]}}\n  - {{name: b, overrides: [{override}]}}\n"
+    )
+    with pytest.raises(UserError, match=said):
+        tiny_plan("short")
 
 
 def test_a_directory_that_is_a_file_is_one_sentence(tiny_plan, tmp_path: Path) -> None:

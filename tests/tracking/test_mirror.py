@@ -241,6 +241,32 @@ def test_arm_begun_anew_by_other_code_has_a_run_of_its_own(uri: str, arms: Arms)
     assert history(uri, by_version["v2"], "train/loss") == [(1, 9.0)]
 
 
+def test_code_that_changes_under_a_mirror_gets_a_run_of_its_own(uri: str, arms: Arms) -> None:
+    """One mirror took the directory before a worker began the arm anew with other code."""
+    directory = arms.directory(0)
+    journal = Journal(directory)
+    journal.metrics(1, {"train/loss": 1.0})
+    journal.metrics(2, {"train/loss": 0.9})
+    journal.end("stopped")
+    mirror = Mirror(uri, interval=0.05)
+    mirror.add(directory)
+    mirror.start()
+    wait_for(lambda: any(run.info.status == "KILLED" for run in runs_of(uri, arms.setting)[1]))
+    journal.close()
+    (directory / "journal.jsonl").unlink()
+    arms.directory(0, version="v2")
+    journal = Journal(directory)
+    for step in range(1, 4):
+        journal.metrics(step, {"train/loss": 9.0 - step})
+    journal.end("complete", "", {"test/top1": 0.5})
+    assert mirror.drain(30.0)
+    by_version = {run.data.tags["basd.version"]: run for run in runs_of(uri, arms.setting)[1]}
+    assert history(uri, by_version["v1"], "train/loss") == [(1, 1.0), (2, 0.9)]
+    assert "test/top1" not in by_version["v1"].data.metrics
+    assert history(uri, by_version["v2"], "train/loss") == [(1, 8.0), (2, 7.0), (3, 6.0)]
+    assert by_version["v2"].info.status == "FINISHED"
+
+
 def test_many_points_are_sent_in_batches(uri: str, arms: Arms) -> None:
     directory = arms.directory(0)
     journal = Journal(directory)

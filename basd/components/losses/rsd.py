@@ -26,6 +26,16 @@ class RSDLossConfig:
         return RSDLoss(self, sizes)
 
 
+def correlation_floor(teacher: Tensor, center: str, kappa: float) -> Tensor:
+    """κ·Σ_{i≠j} corr_t²/D: what the loss keeps, with the identity as target, when the teacher's channels are correlated.
+
+    teacher (M, B, N, D). Mean over points, a scalar.
+    """
+    correlation = cross_correlation(teacher, teacher, center)
+    off = correlation.square().sum(dim=(1, 2)) - correlation.diagonal(dim1=1, dim2=2).square().sum(dim=1)
+    return (kappa * off / correlation.shape[-1]).mean()
+
+
 def cross_correlation(student: Tensor, teacher: Tensor, center: str) -> Tensor:
     """C = z_tᵀ z_s / n of centred, scaled channels. student, teacher: (M, B, N, D). Returns (M, D, D), rows teacher.
 
