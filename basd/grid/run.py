@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basd.errors import UserError
-from basd.grid.display import Display, duration, steps_done
+from basd.grid.display import Display, steps_done
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
 from basd.tracking.mirror import Mirror, check_tracking, is_mirrored
@@ -350,19 +350,3 @@ def _terminations() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def summary(plan: Plan, outcome: Outcome) -> list[str]:
-    """The outcome in a few lines for people."""
-    lines = [
-        f"{plan.name}: {len(outcome.complete)} of {len(plan.arms)} arms complete, {outcome.trained} trained in this call"
-    ]
-    lines[0] += f" ({duration(outcome.wall_seconds)})."
-    for key, failure in outcome.failed.items():
-        where = f"; log: {failure.log}" if failure.log else ""
-        lines.append(f"Failed: {plan.arms[key].name} seed={plan.arms[key].seed}: {failure.reason}{where}")
-    if outcome.missing and not outcome.interrupted:
-        lines.append(f"{len(outcome.missing)} arms are missing; run `basd grid {plan.name}` again.")
-    if not outcome.mirrored:
-        lines.append(outcome.mirror_problem or "MLflow does not have everything yet; `basd sync` sends the rest.")
-    return lines

@@ -42,7 +42,6 @@ class _Arm:
     sure: bool = False  # the server was asked since the last start or error
     run_id: str = ""
     parent: str = ""
-    version: str = ""
     position: int = 0
     events: int = 0
     last: dict[str, int] = field(default_factory=dict)  # metric -> last step sent
@@ -53,7 +52,7 @@ class _Arm:
     reopened: bool = False
 
 
-REMEMBERED = ("run_id", "parent", "version", "position", "status", "config_sent", "tags")
+REMEMBERED = ("run_id", "parent", "position", "status", "config_sent", "tags")
 
 
 def is_mirrored(directory: Path | str, uri: str, labels: Mapping[str, str] | None = None) -> bool:
@@ -310,7 +309,6 @@ class Mirror:
                 run_id = str(run.info.run_id)
         if run_id != arm.run_id:  # mirror.json was about another run, or there was none
             arm.run_id, arm.tags, arm.config_sent, arm.status = run_id, {}, False, ""
-        arm.version = tags["basd.version"]
         arm.position, arm.events = 0, 0  # read the journal from its start; `last` says what to leave out
         arm.last = store.last_steps(run_id)
         arm.reopened, arm.sure = False, True
