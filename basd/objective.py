@@ -225,7 +225,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _diagnose(self, mixture: Tensor, parts: dict[str, Tensor | float]) -> None:
-        weights = self.token_aligner.weights(mixture)  # type: ignore[union-attr, operator]
+        aligner: Any = self.token_aligner
+        weights = aligner.weights(mixture)
         for what, values in aligner_diagnostics(weights, mixture, self.sizes).items():
             for point, value in zip(self.sizes.points, values, strict=True):
                 parts[f"aligner/{what}/{point}"] = value

@@ -23,8 +23,7 @@ T = TypeVar("T")
 class DigitsViTConfig:
     """A small ViT that BASD trains on the data set itself on first use, and caches.
 
-    Xavier-uniform weights and sin-cos positions at the start: with DeiT's σ = 0.02 so narrow a ViT needs twice as long
-    for the same accuracy. Its patch grid differs from the student's on purpose, so that resampling is exercised.
+    Xavier-uniform weights and sin-cos positions at the start. Its patch grid differs from the student's on purpose, so that resampling is exercised.
     """
 
     name: str = "digits_vit"
