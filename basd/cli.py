@@ -375,11 +375,8 @@ def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
         prepared = prepare(config, progress).teacher
     finally:
         progress.close()
-    accuracy = (
-        "no head, so no accuracy" if prepared.test_top1 is None else f"test top-1 {100 * prepared.test_top1:.2f} %"
-    )
     shape = f"{len(prepared.model.blocks)} blocks, width {prepared.model.embed_dim}"
-    screen.print(f"{config.teacher.name}: {shape}, {accuracy}, weights {prepared.fingerprint}", markup=False)
+    screen.print(f"{config.teacher.name}: {shape}, {prepared.accuracy}, weights {prepared.fingerprint}", markup=False)
     if prepared.path is not None:
         screen.print(f"{'Fitted and cached' if prepared.fitted_now else 'Cached'}: {prepared.path}", markup=False)
     return 0

@@ -98,8 +98,7 @@ def _teacher(config) -> str:
         if cached_teacher(config.teacher, config.data, splits) is None:
             return "not fitted yet; the first grid, or `basd teacher`, does it"
         prepared = prepare_teacher(config.teacher, config.data, splits)
-        accuracy = "" if prepared.test_top1 is None else f", test top-1 {100 * prepared.test_top1:.2f} %"
-        return f"{config.teacher.name}{accuracy}, {prepared.path}"
+        return f"{config.teacher.name}, {prepared.accuracy}, {prepared.path}"
     return f"{config.teacher.model}, weights {config.teacher.weights} (checked when it is built: `basd teacher`)"
 
 

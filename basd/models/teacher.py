@@ -34,7 +34,7 @@ class DigitsViTConfig:
     heads: int = field(default=4, metadata={"min": 1})
     epochs: int = field(default=16, metadata={"min": 1})
     batch_size: int = field(default=32, metadata={"min": 2})
-    lr: float = field(default=2e-3, metadata={"min": 0.0})
+    lr: float = field(default=1e-3, metadata={"min": 0.0})
     weight_decay: float = field(default=0.05, metadata={"min": 0.0})
     seed: int = 0
     # A safetensors file to use instead of fitting one.

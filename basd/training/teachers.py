@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from basd.config import digest
-from basd.data.images import Splits, epoch_order, fingerprint
+from basd.data.images import ImageSet, Splits, epoch_order, fingerprint
 from basd.data.views import clean_view, eval_view, normalize
 from basd.errors import UserError
 from basd.evaluation.classification import classification_metrics, predict
@@ -28,16 +28,27 @@ from basd.models.teacher import DigitsViTConfig, build_digits_vit, build_timm_te
 from basd.training import random_streams as streams
 from basd.training.recipe import learning_rate
 
+# the splits that a fitted teacher is scored on; its settings are chosen on the first
+_SCORED = ("validation", "test")
+
 
 @dataclass
 class PreparedTeacher:
-    """A teacher's model (eval mode, CPU), the hash of its weights, its test accuracy where it has a head, its file."""
+    """A teacher's model (eval mode, CPU), the hash of its weights, its accuracies where it has a head, its file."""
 
     model: VisionTransformer
     fingerprint: str
+    validation_top1: float | None
     test_top1: float | None
     path: Path | None
     fitted_now: bool = False
+
+    @property
+    def accuracy(self) -> str:
+        """For people: top-1 on the splits it was scored on."""
+        scores = [("validation", self.validation_top1), ("test", self.test_top1)]
+        known = [f"{part} top-1 {100 * value:.2f} %" for part, value in scores if value is not None]
+        return ", ".join(known) or "accuracy not measured"
 
 
 def cache_directory() -> Path:
@@ -69,7 +80,7 @@ def prepare_teacher(
         return _digits_vit(teacher, data, splits, progress)
     with streams.isolated(0, "teacher_init"):
         model = build_timm_teacher(teacher)
-    return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None)
+    return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, None)
 
 
 def _cache_path(config: DigitsViTConfig, data: Any, splits: Splits) -> Path:
@@ -92,7 +103,7 @@ def _digits_vit(
         model = build_digits_vit(config, splits.train.classes)
     if config.weights is not None:
         _load_into(model, Path(config.weights))
-        return PreparedTeacher(model.eval(), weights_fingerprint(model), None, Path(config.weights))
+        return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, Path(config.weights))
     path = _cache_path(config, data, splits)
     folder, facts = path.parent, path.with_suffix(".json")
     try:
@@ -100,12 +111,13 @@ def _digits_vit(
         with _locked(path.with_suffix(".lock")):
             fitted_now = not (path.exists() and facts.exists())
             if fitted_now:
-                top1 = fit_classifier(model, config, data, splits, progress)
+                fit_classifier(model, config, data, splits.train, progress)
+                scores = {f"{part}_top1": top1(model, config, data, getattr(splits, part)) for part in _SCORED}
                 fresh = path.with_suffix(".tmp")
                 save_file(model.state_dict(), fresh)
                 os.replace(fresh, path)
                 said = facts.with_suffix(".json.tmp")
-                said.write_text(json.dumps({"test_top1": top1}))
+                said.write_text(json.dumps(scores))
                 os.replace(said, facts)
             else:
                 _load_into(model, path)
@@ -113,8 +125,9 @@ def _digits_vit(
         raise UserError(
             f"the cache directory {folder} cannot be written ({error.strerror}); set BASD_CACHE to one that can."
         ) from error
-    top1 = float(json.loads(facts.read_text())["test_top1"])
-    return PreparedTeacher(model.eval(), weights_fingerprint(model), top1, path, fitted_now)
+    scores = json.loads(facts.read_text())
+    validation, test = (scores.get(f"{part}_top1") for part in _SCORED)
+    return PreparedTeacher(model.eval(), weights_fingerprint(model), validation, test, path, fitted_now)
 
 
 def _load_into(model: VisionTransformer, path: Path) -> None:
@@ -140,13 +153,13 @@ def fit_classifier(
     model: VisionTransformer,
     config: DigitsViTConfig,
     data: Any,
-    splits: Splits,
-    progress: Callable[[int, int], None] | None,
-) -> float:
-    """Train the teacher on the training split for a fixed number of epochs; returns test top-1, read once, at the end."""
+    train: ImageSet,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Train the teacher on the training images for a fixed number of epochs; nothing else is looked at."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    train = splits.train.to(device)
+    train = train.to(device)
     batches = len(train) // config.batch_size
     total = batches * config.epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -171,12 +184,14 @@ def fit_classifier(
             step += 1
             if progress is not None:
                 progress(step, total)
-    model.eval()
+    model.eval().cpu()
+
+
+def top1(model: VisionTransformer, config: DigitsViTConfig, data: Any, images: ImageSet) -> float:
+    """Top-1 of a fitted teacher on a split, in [0, 1]."""
 
     def forward(part: torch.Tensor) -> torch.Tensor:
-        return model(normalize(eval_view(part.to(device), config.image_size), data.mean, data.std))
+        return model(normalize(eval_view(part, config.image_size), data.mean, data.std))
 
     with torch.no_grad():
-        logits = predict(forward, splits.test.images, 256)
-    model.cpu()
-    return classification_metrics(logits, splits.test.labels)["top1"]
+        return classification_metrics(predict(forward, images.images, 256), images.labels)["top1"]
