@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", "train one arm")
     train.add_argument("--again", action="store_true", help="repeat a finished arm under a new run, outside the ledger")
     train.add_argument("-m", "--multirun", action="store_true", help="Hydra's multirun: KEY=A,B runs every combination")
-    plan = command("plan", "the arms of a table, what differs in each, what is done")
+    plan = command("plan", "the arms of a table, what differs in each, what is done, how long the rest takes")
+    plan.add_argument("--no-probe", action="store_true", help="do not measure a few steps to predict the time")
     grid = command("grid", "train what a table lacks and print it; run it again after any interruption")
     worker = command("worker", "one more worker on a table's ledger")
     status = command("status", "how far the tables are, and the time left")
@@ -189,35 +190,26 @@ def train(given: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def plan(given: argparse.Namespace, overrides: list[str]) -> int:
-    from rich.table import Table
-    from rich.text import Text
-
+    from basd.grid.display import plan_summary, print_plan, print_prediction, steps_left
     from basd.grid.ledger import Ledger
 
     screen = console(given.quiet)
     made, options = planned(given, overrides, screen)
     ledger = Ledger(options.ledger_url, made.setting, retries=options.retries, grace=options.grace)
     states = ledger.arms(list(made.arms)) if ledger.exists else {}
-    screen.print(f"{made.name} in {made.setting}: {made.question}", markup=False)
-    table = Table("row", "differs from the reference by", "seeds", "done")
-    reference = set(next(row.overrides for row in made.rows if row.name == made.reference))
-    for row in made.rows:
-        keys = made.cells[row.name].values()
-        done = sum(1 for key in keys if key in states and states[key].state == "complete")
-        own = " ".join(text for text in row.overrides if text not in reference)
-        shown = "(the reference)" if row.name == made.reference else own or "nothing: the same arms"
-        # as Text: a label is not rich's markup
-        cells = (row.label, shown, ",".join(str(seed) for seed in made.seeds), f"{done} of {len(keys)}")
-        table.add_row(*(Text(cell) for cell in cells))
-    screen.print(table)
-    done = sum(state.state == "complete" for state in states.values())
-    steps = sum(
-        arm.total_steps for key, arm in made.arms.items() if key not in states or states[key].state != "complete"
-    )
-    screen.print(
-        f"{len(made.arms)} arms, {done} done; {steps:,} arm-steps to train. Teacher: {_teacher_note(made)}.",
-        markup=False,
-    )
+    left = steps_left(made, states, options)
+    probe = None
+    waiting = [arm for key, arm in made.arms.items() if left[key]]
+    if waiting and not given.no_probe:
+        from basd.grid.probe import measure
+
+        count = len({arm.configuration_key for arm in waiting})
+        screen.print(f"Measuring a few steps of {count} configurations (--no-probe leaves this out).", markup=False)
+        probe = measure(waiting)
+    print_plan(screen, made, states, probe)
+    screen.print(f"{plan_summary(made, states, left)} Teacher: {_teacher_note(made)}.", markup=False)
+    if probe is not None:
+        print_prediction(screen, made, left, probe, options)
     return 0
 
 
@@ -331,7 +323,7 @@ def status(given: argparse.Namespace, overrides: list[str]) -> int:
     setting, config = _run_sections(overrides)
     tables = read_status(GridOptions.from_config(config), given.name, setting)
     if given.name is not None and not tables:
-        from basd.grid.plan import load_ablation
+        from basd.grid.ablations import load_ablation
 
         load_ablation(given.name)
     print_status(tables, console(given.quiet))

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from basd.combinations import combination_errors
 from basd.components.head_aligners import HEAD_ALIGNERS
-from basd.components.losses import LOSSES, TOKEN_LOSSES, LossesConfig, enabled_losses
+from basd.components.losses import LOSSES, LossesConfig, enabled_losses
 from basd.components.selectors import SELECTORS
 from basd.components.token_aligners import TOKEN_ALIGNERS
 from basd.components.warmup import WARMUPS
@@ -28,8 +29,8 @@ from basd.data.views import VIEWS
 from basd.errors import UserError
 from basd.models.student import StudentConfig, extraction_points
 from basd.models.teacher import TEACHERS
-from basd.objective import ObjectiveConfig
-from basd.training.recipe import RecipeConfig, parse_duration
+from basd.objective import Demands, ObjectiveConfig, demands
+from basd.training.recipe import RecipeConfig
 
 
 @dataclass
@@ -109,6 +110,11 @@ class Config:
     def enabled(self) -> tuple[str, ...]:
         """Losses that are on."""
         return enabled_losses(self.losses)
+
+    @property
+    def demands(self) -> Demands:
+        """What the enabled losses read."""
+        return demands(self.losses, self.head_aligner)
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -220,74 +226,6 @@ def _kind_name(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))
 
 
-def combination_errors(config: Config) -> list[str]:
-    """Combinations that cannot train, each in one sentence with the way out; found before any model is built."""
-    problems: list[str] = []
-    for what in ("student", "teacher"):
-        part = getattr(config, what)
-        patch = getattr(part, "patch_size", None)
-        if patch is not None and part.image_size % patch:
-            problems.append(f"{what}.image_size={part.image_size} is not a multiple of {what}.patch_size={patch}")
-        heads = getattr(part, "heads", None)
-        if heads is not None and part.width % heads:
-            problems.append(f"{what}.width={part.width} does not divide by {what}.heads={heads}")
-    if config.teacher.name == "digits_vit" and config.teacher.width % 4:
-        problems.append(f"teacher.width={config.teacher.width} must be a multiple of 4, for its sin-cos positions")
-    depth = config.student.depth
-    points = config.student.points
-    if isinstance(points, int) and not 1 <= points <= depth:
-        problems.append(f"student.points={points} must be between 1 and the student's {depth} blocks")
-    if isinstance(points, list):
-        for point in points:
-            if not 0 <= point < depth:
-                problems.append(
-                    f"student.points holds block {point}, but the student's {depth} blocks are 0 to {depth - 1}"
-                )
-        if len(set(points)) < len(points) or sorted(points) != points:
-            problems.append(f"student.points={points} must be increasing, each block once")
-    teacher_heads = getattr(config.teacher, "heads", None)
-    if "attn" in config.enabled and config.head_aligner.name == "none" and teacher_heads is not None:
-        if teacher_heads != config.student.heads:
-            problems.append(
-                f"head_aligner=none needs equal head counts, but the student has {config.student.heads} and the teacher "
-                f"{teacher_heads}; choose head_aligner=conv"
-            )
-    if not config.enabled and config.method not in METHODS_WITHOUT_LOSSES:
-        problems.append(
-            f"method={config.method} has every loss off, so nothing is distilled; enable one with "
-            "losses.<rsd|rel|attn|spectral>.enabled=true or choose method=ce"
-        )
-    if not config.enabled and config.objective.ce_weight == 0:
-        problems.append("objective.ce_weight=0 with every loss off leaves nothing to train")
-    if config.student.image_size != config.data.image_size:
-        problems.append(
-            f"student.image_size={config.student.image_size} differs from data.image_size={config.data.image_size}; "
-            "set one of them to the other"
-        )
-    for part in (config.data, config.views, config.mixing):
-        if hasattr(part, "problems"):
-            problems.extend(part.problems())
-    problems.extend(duration_errors(config.recipe))
-    return problems
-
-
-METHODS_WITHOUT_LOSSES = ("ce",)
-
-
-def duration_errors(recipe: RecipeConfig) -> list[str]:
-    problems = []
-    for key in ("duration", "lr_warmup"):
-        try:
-            # only a length within training can be a part of it
-            whole = 1000 if key == "lr_warmup" else None
-            steps = parse_duration(getattr(recipe, key), steps_per_epoch=100, total_steps=whole)
-            if key == "duration" and steps < 1:
-                problems.append(f"recipe.{key}={getattr(recipe, key)} must be at least one step")
-        except ValueError as error:
-            problems.append(f"recipe.{key}: {error}")
-    return problems
-
-
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
@@ -299,49 +237,113 @@ def normalized(config: Config) -> dict[str, Any]:
     for section in ("student", "recipe"):
         # a preset's name says nothing that its fields do not
         del values[section]["name"]
-    enabled = config.enabled
+    wants = config.demands
     for name in LOSSES:
-        if name not in enabled:
+        if name not in wants.enabled:
             del values["losses"][name]
         else:
             # what stands is on
             del values["losses"][name]["enabled"]
-    tokens = [name for name in enabled if name in TOKEN_LOSSES]
-    # where the weights lie is no choice; what they are is in the teacher's fingerprint
-    values["teacher"].pop("weights", None)
-    if not enabled:
-        for section in ("teacher", "selector", "token_aligner", "head_aligner", "weighting", "warmup", "losses"):
+            _drop_idle(values["losses"][name], getattr(config.losses, name))
+    logit = values["losses"].get("logit", {})
+    if logit.get("kind") == "deit_soft" and not config.student.distillation_token:
+        # there is only the class head
+        logit["kind"] = "kd"
+    # where weights lie and how positions were moved is no choice of its own: the teacher's fingerprint says what came of it
+    for key in ("weights", "position_interpolation"):
+        values["teacher"].pop(key, None)
+    if not wants.logits:
+        values["teacher"].pop("head", None)
+    unused = {
+        "teacher": not wants.teacher,
+        "selector": not wants.selector,
+        "token_aligner": not wants.token_aligner,
+        "head_aligner": not wants.maps,
+        "weighting": not wants.enabled,
+        "warmup": not wants.enabled,
+        "losses": not wants.enabled,
+    }
+    for section, idle in unused.items():
+        if idle:
             del values[section]
-        del values["student"]["points"]
-        values["mixing"].pop("targets", None)
-    else:
+        elif section != "losses":
+            _drop_idle(values[section], getattr(config, section))
+    _drop_idle(values["views"], config.views)
+    _normalize_mixing(values, wants)
+    if wants.points:
         # a count and the blocks that it means are one choice
         values["student"]["points"] = list(config.points)
-        if not tokens:
-            del values["token_aligner"]
-            for key in ("entropy", "entropy_weight"):
-                values["selector"].pop(key, None)
-        if values["selector"].get("entropy") == "none":
-            values["selector"].pop("entropy_weight", None)
-        if values["selector"].get("entropy_weight") == 0:
-            values["selector"]["entropy"] = "none"
-            values["selector"].pop("entropy_weight")
-        if "attn" not in enabled:
-            del values["head_aligner"]
-        for section in ("starts", "weights"):
-            for holder in (values["warmup"], values["weighting"]):
-                if section in holder:
-                    holder[section] = {name: holder[section][name] for name in enabled}
-        if len(enabled) == 1 and config.weighting.name == "uwso":
-            # the softmax over one loss is 1
-            values["weighting"] = {"name": "equal"}
-        if config.weighting.name == "fixed" and all(w == 1.0 for w in values["weighting"]["weights"].values()):
-            values["weighting"] = {"name": "equal"}
-        if config.warmup.name == "staggered" and all(s == 0.0 for s in values["warmup"]["starts"].values()):
-            values["warmup"] = {"name": "simultaneous", "length": config.warmup.length}
-        if values["warmup"].get("length") == 0 and values["warmup"]["name"] == "simultaneous":
-            values["warmup"] = {"name": "none"}
+    else:
+        del values["student"]["points"]
+    if wants.maps and len(config.points) == 1:
+        # the heads of all points are those of the point
+        values["head_aligner"].pop("stack", None)
+    if wants.selector:
+        _normalize_selector(values["selector"], wants)
+    if wants.enabled:
+        _normalize_schedule(values, config)
     return values
+
+
+def _drop_idle(values: dict[str, Any], config: Any) -> None:
+    """Take out the fields that a component's configuration names as without effect beside its others (`idle`)."""
+    for key in getattr(config, "idle", ()):
+        values.pop(key, None)
+
+
+def _normalize_mixing(values: dict[str, Any], wants: Demands) -> None:
+    mixing = values["mixing"]
+    if mixing.get("probability") == 0:
+        values["mixing"] = {"name": "none"}
+        return
+    if mixing.get("switch") in (0, 1):
+        kind, other = ("cutmix", "mixup") if mixing["switch"] == 1 else ("mixup", "cutmix")
+        del mixing["switch"], mixing[f"{other}_alpha"]
+        mixing["name"] = kind
+    if not wants.enabled:
+        mixing.pop("targets", None)
+
+
+def _normalize_selector(selector: dict[str, Any], wants: Demands) -> None:
+    if not wants.trains_selector:
+        selector.pop("entropy", None)
+        selector.pop("entropy_weight", None)
+    if selector.get("entropy_weight") == 0:
+        selector["entropy"] = "none"
+    if selector.get("entropy") == "none":
+        selector.pop("entropy_weight", None)
+
+
+def _normalize_schedule(values: dict[str, Any], config: Config) -> None:
+    """Weighting and warmup: what does not concern an enabled loss goes, and equal schedules get one form."""
+    enabled = config.enabled
+    for section in ("starts", "weights"):
+        for holder in (values["warmup"], values["weighting"]):
+            if section in holder:
+                holder[section] = {name: holder[section][name] for name in enabled}
+    if config.warmup.name == "staggered" and all(s == 0.0 for s in values["warmup"]["starts"].values()):
+        values["warmup"] = {"name": "simultaneous", "length": config.warmup.length}
+    if values["warmup"].get("length") == 0 and values["warmup"]["name"] == "simultaneous":
+        values["warmup"] = {"name": "none"}
+    _normalize_weighting(values, config)
+
+
+def _normalize_weighting(values: dict[str, Any], config: Config) -> None:
+    weighting, name, alone = values["weighting"], config.weighting.name, len(config.enabled) == 1
+    scale = weighting.get("scale")
+    if alone and scale == "first_mean":
+        scale = weighting["scale"] = "first"
+    ones = name == "fixed" and all(w == 1.0 for w in weighting["weights"].values())
+    if alone and (name == "uwso" or (name == "uwo" and weighting["total"] != "none")):
+        # weights that sum to one or to the number of losses
+        values["weighting"] = {"name": "equal", "scale": "none"}
+    elif ones or (alone and name in ("dwa", "rlw", "gls")):
+        values["weighting"] = {"name": "equal", "scale": scale}
+    elif values["warmup"]["name"] == "none" and (
+        not config.demands.maps or getattr(config.head_aligner, "decay", 1.0) == 1.0
+    ):
+        # without ramps nothing is ramped before or after
+        weighting.pop("order", None)
 
 
 def without_effect(config: Config, overridden: typing.Iterable[str]) -> list[str]:
@@ -363,8 +365,9 @@ def without_effect(config: Config, overridden: typing.Iterable[str]) -> list[str
 
 def remarks(config: Config) -> list[str]:
     """What a person should know of this combination."""
+    wants = config.demands
     entropy = getattr(config.selector, "entropy", "none")
-    if config.enabled == ("attn",) and entropy != "none":
+    if wants.selector and not wants.trains_selector and entropy != "none":
         return ["with attn alone the selector gets no gradient from a loss, so its entropy term is off"]
     return []
 
@@ -372,21 +375,26 @@ def remarks(config: Config) -> list[str]:
 def _perturbed(config: Config, key: str) -> Config:
     """The configuration with another value, not checked, in every leaf at or below a key."""
 
-    def other(value: Any) -> Any:
+    def other(value: Any, choices: tuple = ()) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dataclasses.replace(
-                value, **{f.name: other(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            )
+            changed = {
+                f.name: other(getattr(value, f.name), f.metadata.get("choices", ())) for f in dataclasses.fields(value)
+            }
+            return dataclasses.replace(value, **changed)
+        if choices:
+            return next(choice for choice in choices if choice != value)
         if isinstance(value, bool):
             return not value
         if isinstance(value, int | float):
             return value + 1
         return [*value, 1] if isinstance(value, list) else f"{value}'"
 
-    def put(node: Any, path: list[str]) -> Any:
+    def put(node: Any, path: list[str], choices: tuple = ()) -> Any:
         if not path:
-            return other(node)
-        return dataclasses.replace(node, **{path[0]: put(getattr(node, path[0]), path[1:])})
+            return other(node, choices)
+        (spec,) = (f for f in dataclasses.fields(node) if f.name == path[0])
+        changed = put(getattr(node, path[0]), path[1:], spec.metadata.get("choices", ()))
+        return dataclasses.replace(node, **{path[0]: changed})
 
     return put(config, key.split("."))
 

@@ -137,13 +137,21 @@ def test_every_semantic_field_is_in_the_key() -> None:
         for parent in parents:
             node = node[parent]
         old = node[leaf]
-        node[leaf] = _other(old)
+        choices = _choices(config, key)
+        node[leaf] = next(choice for choice in choices if choice != old) if choices else _other(old)
         if rest == "name" or leaf == "enabled" or key == "student.points":
             continue
         rebuilt = _rebuild(config, values)
         assert keys_of(rebuilt, teacher_fingerprint="t", data_fingerprint="d").arm != base, key
     assert keys_of(config, teacher_fingerprint="u", data_fingerprint="d").arm != base
     assert keys_of(config, teacher_fingerprint="t", data_fingerprint="e").arm != base
+
+
+def _choices(config, key):
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    return {f.name: f.metadata.get("choices") for f in dataclasses.fields(config)}[leaf]
 
 
 def _other(value):
@@ -210,6 +218,20 @@ def test_fields_without_effect_are_reported() -> None:
         (["selector.entropy=none"], ["selector.entropy_weight=0"]),
         (["warmup.starts.rel=0.0", "warmup.starts.attn=0.0", "warmup.starts.spectral=0.0"], ["warmup=simultaneous"]),
         (["warmup=simultaneous", "warmup.length=0"], ["warmup=none"]),
+        (["mixing.probability=0"], ["mixing=none"]),
+        (["mixing.switch=1"], ["mixing=cutmix"]),
+        (["mixing.switch=0", "mixing.cutmix_alpha=0.3"], ["mixing=mixup"]),
+        (["views.strong=three_augment", "views.magnitude=3"], ["views.strong=three_augment"]),
+        (["views.num_ops=0", "views.strong=randaugment_full"], ["views.num_ops=0", "views.op_probability=0"]),
+        (["views.op_probability=0", "views.strong=randaugment_full"], ["views.op_probability=0", "views.magnitude=1"]),
+        (["losses.rsd.samples=cls", "losses.rsd.center=global"], ["losses.rsd.samples=cls"]),
+        (["losses.rel.pairs=all", "losses.rel.num_pairs=5"], ["losses.rel.pairs=all"]),
+        (["method=vrm", "losses.rel.num_pairs=5", "selector=alp"], ["method=vrm", "losses.rel.pairs=all"]),
+        (["method=kd", "losses.logit.kind=deit_soft"], ["method=kd"]),
+        (["method=deit_hard", "losses.logit.temperature=2.0"], ["method=deit_hard"]),
+        (["method=layer_matching", "weighting=dwa"], ["method=layer_matching", "weighting=equal"]),
+        (["warmup=none", "weighting.order=ramp_then_weights"], ["warmup=none"]),
+        (["student.points=1", "head_aligner.stack=all"], ["student.points=1"]),
     ],
 )
 def test_folded_arms_train_to_the_same_bits(

@@ -24,6 +24,7 @@ class Sizes:
     teacher_heads: int
     teacher_grid: tuple[int, int]
     total_steps: int = 1
+    steps_per_epoch: int = 1
 
     @property
     def student_tokens(self) -> int:

@@ -19,6 +19,33 @@ def column_multiplicity(width: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+def multiplicity(grid: tuple[int, int]) -> Tensor:
+    """How often each bin of rfft2 stands in the full spectrum, (h·(w//2+1),); the sum is h·w."""
+    return column_multiplicity(grid[1]).repeat(grid[0])
+
+
+@lru_cache(maxsize=32)
+def real_bins(grid: tuple[int, int]) -> Tensor:
+    """Which bins of rfft2 are real for a real map: DC and Nyquist along both axes, bool (h·(w//2+1),)."""
+    rows, columns = torch.arange(grid[0]), torch.arange(grid[1] // 2 + 1)
+    # a bin is real where it is its own mirror image
+    return ((2 * rows % grid[0] == 0)[:, None] & (2 * columns % grid[1] == 0)[None, :]).flatten()
+
+
+@lru_cache(maxsize=32)
+def channel_groups(channels: int, groups: int) -> Tensor:
+    """Adaptive average pooling of channels as a matrix, (channels, groups).
+
+    Group j is the mean of channels ⌊jC/G⌋ … ⌈(j+1)C/G⌉−1; groups share a channel where the numbers do not divide.
+    """
+    matrix = torch.zeros(channels, groups)
+    for group in range(groups):
+        start, end = group * channels // groups, -(-(group + 1) * channels // groups)
+        matrix[start:end, group] = 1 / (end - start)
+    return matrix
+
+
+@lru_cache(maxsize=32)
 def radii(grid: tuple[int, int]) -> Tensor:
     """Distance from DC of each bin of rfft2, in cycles per image, (h, w//2+1), float64."""
     rows = torch.fft.fftfreq(grid[0], dtype=torch.float64) * grid[0]
@@ -50,13 +77,17 @@ def fourier_basis(grid: tuple[int, int]) -> Tensor:
     return torch.stack([spectrum.real, spectrum.imag]).float()
 
 
+def spatial_spectrum(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Orthonormal rfft2 of token maps, (..., N, D) → real and imaginary parts (..., 2, h·(w//2+1), D)."""
+    basis = fourier_basis(grid).to(tokens.device)
+    assert tokens.shape[-2] == basis.shape[-1], f"{tokens.shape[-2]} tokens on a {grid[0]}x{grid[1]} grid"
+    return (basis.flatten(0, 1) @ tokens).unflatten(-2, (2, -1))
+
+
 def spatial_power(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """|rfft2|² of token maps, summed over channels, each bin times its multiplicity in the full spectrum.
 
     tokens (..., N, D) → (..., h·(w//2+1)). Parseval: the sum over bins is the sum of squares of the tokens.
     """
-    basis = fourier_basis(grid).to(tokens.device)
-    assert tokens.shape[-2] == basis.shape[-1], f"{tokens.shape[-2]} tokens on a {grid[0]}x{grid[1]} grid"
-    spectrum = basis.flatten(0, 1) @ tokens
-    power = spectrum.square().sum(dim=-1).unflatten(-1, (2, -1)).sum(dim=-2)
-    return power * column_multiplicity(grid[1]).to(power).repeat(grid[0])
+    power = spatial_spectrum(tokens, grid).square().sum(dim=-1).sum(dim=-2)
+    return power * multiplicity(grid).to(power)

@@ -13,6 +13,8 @@ class Starts:
     rel: float = field(default=0.05, metadata={"min": 0.0, "max": 1.0})
     attn: float = field(default=0.10, metadata={"min": 0.0, "max": 1.0})
     spectral: float = field(default=0.15, metadata={"min": 0.0, "max": 1.0})
+    logit: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
+    feature: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
 
 
 @dataclass

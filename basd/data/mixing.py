@@ -10,36 +10,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TARGETS = ("follow", "clean")
+TARGETS = ("follow", "same_input", "clean", "skip")
+
+
+class _Mixing:
+    """What every kind of mixing has. `probability` is the share of batches that are mixed at all (timm's mixup_prob).
+
+    `targets` says what the teacher's targets are where the student's batch is mixed. `follow`: those of the clean
+    images, mixed like the student's images. `same_input`: the teacher sees the mixed clean images. `clean`: those of
+    the clean images, unmixed. `skip`: none, token losses are computed on unmixed batches only.
+    """
+
+    targets: str
+    probability: float
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each; empty when all is well."""
+        if self.targets == "skip" and self.probability == 1:
+            return [
+                "mixing.targets=skip with mixing.probability=1 mixes every batch, so nothing would be distilled; "
+                "set mixing.probability below 1"
+            ]
+        return []
 
 
 @dataclass
-class MixupCutmixConfig:
-    """MixUp or, with probability `switch`, CutMix. `targets=follow`: teacher targets are mixed like the image."""
+class MixupCutmixConfig(_Mixing):
+    """MixUp or, with probability `switch`, CutMix."""
 
     name: str = "mixup_cutmix"
     mixup_alpha: float = field(default=0.8, metadata={"min": 0.01})
     cutmix_alpha: float = field(default=1.0, metadata={"min": 0.01})
     switch: float = field(default=0.5, metadata={"min": 0.0, "max": 1.0})
     targets: str = field(default="follow", metadata={"choices": TARGETS})
+    probability: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
 
 
 @dataclass
-class MixupConfig:
-    """MixUp on every batch: λ ~ Beta(mixup_alpha, mixup_alpha)."""
+class MixupConfig(_Mixing):
+    """MixUp: λ ~ Beta(mixup_alpha, mixup_alpha)."""
 
     name: str = "mixup"
     mixup_alpha: float = field(default=0.8, metadata={"min": 0.01})
     targets: str = field(default="follow", metadata={"choices": TARGETS})
+    probability: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
 
 
 @dataclass
-class CutmixConfig:
-    """CutMix on every batch: λ ~ Beta(cutmix_alpha, cutmix_alpha) sets the box's area."""
+class CutmixConfig(_Mixing):
+    """CutMix: λ ~ Beta(cutmix_alpha, cutmix_alpha) sets the box's area."""
 
     name: str = "cutmix"
     cutmix_alpha: float = field(default=1.0, metadata={"min": 0.01})
     targets: str = field(default="follow", metadata={"choices": TARGETS})
+    probability: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0})
 
 
 @dataclass
@@ -122,15 +146,18 @@ def soft_labels(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
 
 
 def draw(config: MixingConfig, height: int, width: int, generator: torch.Generator) -> Mix | None:
-    """The mixing of one batch of height×width images, as timm's batch mode draws it; None when mixing is off.
+    """The mixing of one batch of height×width images, as timm's batch mode draws it; None for a batch that is not mixed.
 
-    CutMix's λ is corrected to the true area of the box, which the image's border may clip.
+    CutMix's λ is corrected to the true area of the box, which the image's border may clip. The random numbers are the
+    same whatever `probability` is: a smaller one only leaves some batches out.
     """
     if isinstance(config, NoMixingConfig):
         return None
     switch, cy_draw, cx_draw = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     # torch's public Beta draws from global state; this one is NumPy's, on a state of its own
     seed = int(torch.randint(2**62, (), generator=generator))
+    if not float(torch.rand((), generator=generator, dtype=torch.float64)) < config.probability:
+        return None
     if isinstance(config, MixupCutmixConfig):
         cut = switch < config.switch
         alpha = config.cutmix_alpha if cut else config.mixup_alpha

@@ -1,4 +1,4 @@
-"""Photometric augmentation of batches: RandAugment without its geometric operations, and colour jitter.
+"""Photometric augmentation of batches: RandAugment without its geometric operations, 3-Augment, and colour jitter.
 
 Images are float32 (B,3,H,W) in [0,1]. Magnitudes follow timm's `rand-m9-mstd0.5-inc1`: the level, in 0..10, always
 increases the strength. All random numbers are drawn on the CPU, in an order and amount fixed by the batch size.
@@ -7,10 +7,13 @@ increases the strength. All random numbers are drawn on the CPU, in an order and
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 LEVEL_MAX = 10.0
+BLUR_SIGMAS = (0.1, 2.0)  # pixels; the range of 3-Augment's blur
+BLUR_REACH = 8  # pixels; 4 standard deviations of the widest blur
 
 # PIL defines the first six by a table of the 256 levels, the other four blend with a degenerate image
 TABLE_OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd")
@@ -121,18 +124,75 @@ def rand_augment(
 
     The level is normal around `magnitude`, cut to 0..10. images: (B,3,H,W) in [0,1], returned likewise.
     """
-    shape = (num_ops, images.shape[0])
-    operation = torch.randint(len(OPERATIONS), shape, generator=generator)
-    done = torch.rand(shape, generator=generator) < op_probability
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    negate = torch.rand(shape, generator=generator) < 0.5
-    level = (magnitude + magnitude_std * noise).clamp(0, LEVEL_MAX)
+    operation, level, negate = draw_operations(
+        len(OPERATIONS), (num_ops, images.shape[0]), magnitude, magnitude_std, op_probability, generator
+    )
     arguments = operation_arguments(operation, level, negate)
-    operation = torch.where(done, operation, _NONE)
     images = images.clone()
     for layer in range(num_ops):
         apply_operations_(images, operation[layer], arguments[layer])
     return images
+
+
+def draw_operations(
+    kinds: int,
+    shape: tuple[int, int],
+    magnitude: float,
+    magnitude_std: float,
+    op_probability: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RandAugment's operations, their levels in 0..10 and whether their sign is turned; each of `shape` (layers, B).
+
+    Operations are uniform in 0..kinds−1, or `kinds` where none is done. As many numbers are drawn whatever `kinds` is.
+    """
+    operation = torch.randint(kinds, shape, generator=generator)
+    done = torch.rand(shape, generator=generator) < op_probability
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    negate = torch.rand(shape, generator=generator) < 0.5
+    level = (magnitude + magnitude_std * noise).clamp(0, LEVEL_MAX)
+    return torch.where(done, operation, kinds), level, negate
+
+
+def three_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One of greyscale, solarisation and Gaussian blur per image, each as likely; DeiT III's 3-Augment (2204.07118).
+
+    Solarisation inverts the levels from 128 up. The blur's standard deviation is uniform in 0.1 to 2 pixels whatever
+    the image's size. images: (B,3,H,W) in [0,1], returned likewise.
+    """
+    batch = images.shape[0]
+    choice = torch.randint(3, (batch,), generator=generator)
+    narrow, wide = BLUR_SIGMAS
+    sigma = narrow + (wide - narrow) * torch.rand(batch, generator=generator)
+    # greyscale is the blend with factor 0
+    operation = torch.tensor([OPERATIONS.index("Color"), _SOLARIZE, _NONE])[choice]
+    images = apply_operations_(images.clone(), operation, torch.tensor([0.0, 128.0, 0.0])[choice])
+    blurred = (choice == 2).nonzero().flatten()
+    if len(blurred) == 0:
+        return images
+    index = blurred.to(images.device)
+    return images.index_copy_(0, index, gaussian_blur(images.index_select(0, index), sigma[blurred]))
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Each image of (B,3,H,W) blurred with its own standard deviation in pixels, sigma (B,) > 0, at most 2.
+
+    Pixels beyond the border have the border's value, as in Pillow.
+    """
+    offset = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device)
+    weights = torch.exp(-0.5 * (offset / sigma.to(images.device).view(-1, 1)) ** 2)
+    weights = (weights / weights.sum(dim=1, keepdim=True)).view(-1, 2 * BLUR_REACH + 1, 1, 1, 1).to(images.dtype)
+    height, width = images.shape[-2:]
+    # sums of shifted images: a convolution may round to fewer bits on an accelerator
+    wide = F.pad(images, (BLUR_REACH, BLUR_REACH, 0, 0), mode="replicate")
+    x = torch.zeros_like(images)
+    for k in range(2 * BLUR_REACH + 1):
+        x.addcmul_(wide[..., k : k + width], weights[:, k])
+    tall = F.pad(x, (0, 0, BLUR_REACH, BLUR_REACH), mode="replicate")
+    x = torch.zeros_like(images)
+    for k in range(2 * BLUR_REACH + 1):
+        x.addcmul_(tall[..., k : k + height, :], weights[:, k])
+    return x.clamp_(0, 1)
 
 
 def color_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:

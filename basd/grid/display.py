@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,11 @@ from basd.tracking.files import read_json
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
+
+    from basd.grid.ledger import ArmState
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Plan
+    from basd.grid.probe import Probe
 
 
 def make_console(quiet: bool = False) -> Console:
@@ -110,3 +116,112 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+SHOWN_DIFFERENCES = 4
+
+
+def steps_left(plan: Plan, states: Mapping[str, ArmState], options: GridOptions) -> dict[str, int]:
+    """Steps that every arm of a plan still needs; 0 for those that are complete."""
+
+    def left(key: str, total: int) -> int:
+        if key in states and states[key].state == "complete":
+            return 0
+        # trained to its last step, an arm is still to be evaluated
+        return max(1, total - steps_done(options.arm_directory(plan.setting, key)))
+
+    return {key: left(key, arm.total_steps) for key, arm in plan.arms.items()}
+
+
+def print_plan(console: Console, plan: Plan, states: Mapping[str, ArmState], probe: Probe | None) -> None:
+    """The rows of a plan: what differs from the reference, seeds, what became of the arms, an arm's own time per step.
+
+    Columns that would stay empty are left out; without a probe that is the time.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from basd.config import from_dict
+    from basd.grid.plan import effective_differences
+
+    console.print(f"{plan.name} in {plan.setting}: {plan.question}", markup=False)
+    reference = from_dict(plan.arms_of(plan.reference)[0].config)
+    lines: list[dict[str, str]] = []
+    for row in plan.rows:
+        arms = plan.arms_of(row.name)
+        words = effective_differences(reference, from_dict(arms[0].config))
+        known = [states[arm.arm_key].state for arm in arms if arm.arm_key in states]
+        queued = sum(state in ("waiting", "running", "stale") for state in known)
+        seconds = probe.of_step(arms[0]) if probe else None
+        lines.append(
+            {
+                "row": row.label,
+                "differs from the reference by": "(the reference)" if row.name == plan.reference else _listed(words),
+                "seeds": ",".join(str(arm.seed) for arm in arms),
+                "done": f"{known.count('complete')} of {len(arms)}",
+                "queued": str(queued or ""),
+                "same arms as": ", ".join(plan.same_arms(row.name)),
+                "ms a step": "" if seconds is None else f"{1000 * seconds:.0f}",
+            }
+        )
+    shown = [column for column in lines[0] if any(line[column] for line in lines)]
+    table = Table(*shown)
+    section = ""
+    for row, line in zip(plan.rows, lines, strict=True):
+        if row.section != section:
+            section = row.section
+            table.add_section()
+            table.add_row(Text(section, style="italic"))
+        # as Text: a label is not rich's markup
+        table.add_row(*(Text(line[column]) for column in shown))
+    console.print(table)
+
+
+def _listed(words: Sequence[str]) -> str:
+    """The first few of a list of differences, and how many more there are."""
+    if not words:
+        return "nothing"
+    more = len(words) - SHOWN_DIFFERENCES
+    return "; ".join([*words[:SHOWN_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])])
+
+
+def plan_summary(plan: Plan, states: Mapping[str, ArmState], left: Mapping[str, int]) -> str:
+    """What is left to train, in a sentence."""
+    count = [states[key].state if key in states else "" for key in plan.arms]
+    said = f"{len(plan.arms)} arms, {count.count('complete')} done"
+    failed = sum(state.permanent for state in states.values())
+    said += f", {failed} failed" if failed else ""
+    waiting = [plan.arms[key] for key, steps in left.items() if steps]
+    if not waiting:
+        return f"{said}; nothing to train."
+    cohorts = len({arm.cohort_key for arm in waiting})
+    return f"{said}; {len(waiting)} to train in {cohorts} cohorts: {sum(left.values()):,} arm-steps."
+
+
+def print_prediction(console: Console, plan: Plan, left: Mapping[str, int], probe: Probe, options: GridOptions) -> None:
+    """How long `basd grid` will take, from a probe; and what failed in it."""
+    from basd.grid.probe import predict, worker_count
+
+    for row in plan.rows:
+        reason = probe.failed.get(row.configuration_key)
+        if reason is not None:
+            console.print(f"Note: row {row.name} failed in its first steps: {reason}", markup=False)
+    seconds = predict(left, plan.arms, probe, options)
+    if seconds is None:
+        console.print("No time can be predicted: the rows above failed in their first steps.", markup=False)
+        return
+    workers = min(worker_count(options), sum(steps > 0 for steps in left.values()))
+    shared = _milliseconds([costs.shared for costs in probe.costs.values()])
+    own = _milliseconds([step for costs in probe.costs.values() for step in costs.step.values()])
+    console.print(
+        f"Predicted: {duration(seconds)} on {workers} {'process' if workers == 1 else 'processes'}, besides starting them. "
+        f"Measured in {duration(probe.seconds)}, every loss counting: {shared} a step for what a cohort shares (views, "
+        f"teacher), {own} a step for an arm.",
+        markup=False,
+    )
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    """One number, or the least and the most."""
+    low, high = f"{1000 * min(seconds):.0f}", f"{1000 * max(seconds):.0f}"
+    return f"{low} ms" if low == high else f"{low}–{high} ms"

@@ -5,56 +5,41 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import basd
-from basd.compose import (
-    Composed,
-    compose,
-    difference_from_preset,
-    overridden_keys,
-    setting_name,
+from basd.combinations import teacher_errors
+from basd.components.losses import LossesConfig
+from basd.compose import Composed, compose, difference_from_preset, overridden_keys, setting_name
+from basd.config import (
+    GROUPS,
+    Config,
+    FrozenArm,
+    digest,
+    flatten,
+    join_problems,
+    keys_of,
+    normalized,
+    remarks,
+    suggest,
+    without_effect,
 )
-from basd.config import Config, FrozenArm, digest, flatten, keys_of, normalized, remarks, suggest, without_effect
 from basd.data import load as load_data
 from basd.data.images import fingerprint
 from basd.errors import UserError
+from basd.grid.ablations import load_ablation, merge_overrides
 from basd.models.taps import attention_of
 from basd.training.cohort import choose_device
 from basd.training.recipe import parse_duration
-from basd.training.teachers import PreparedTeacher, prepare_teacher
+from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher
 from basd.version import code_version
 
 # Words on the command line of plan and grid that speak of the table, not of the configuration.
 TABLE_KEYS = ("seeds", "rows", "setting")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A named configuration of an ablation, as its file says it."""
-
-    name: str
-    label: str
-    overrides: tuple[str, ...]
-    section: str = ""
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """A file of experiments/."""
-
-    name: str
-    question: str
-    reference: str
-    metric: str
-    seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +49,8 @@ class PlanRow:
     configuration_key: str
     overrides: tuple[str, ...]
     section: str = ""
+    # level of each factor of a factorial table; empty for a row beside the combinations
+    factors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +75,14 @@ class Plan:
     def labels_of(self, arm_key: str) -> list[str]:
         """Names of the rows that an arm serves."""
         return [row for row, seeds in self.cells.items() if arm_key in seeds.values()]
+
+    def arms_of(self, row: str) -> list[FrozenArm]:
+        """The arms of a row, one a seed."""
+        return [self.arms[key] for key in self.cells[row].values()]
+
+    def same_arms(self, row: str) -> list[str]:
+        """Names of the other rows that are the same computation."""
+        return [other for other, cell in self.cells.items() if other != row and cell == self.cells[row]]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -141,93 +136,6 @@ class Plan:
             ) from error
 
 
-def ablation_files() -> dict[str, Path]:
-    """Ablations by name: experiments/ of the working directory first, then those that came with BASD."""
-    found: dict[str, Path] = {}
-    # beside the package, in a checkout and in a wheel; by import a folder of that name in the working directory could hide it
-    packaged = Path(basd.__file__).resolve().parent.parent / "experiments"
-    for folder in (packaged, Path("experiments")):
-        if folder.is_dir():
-            found.update({file.stem: file for file in folder.glob("*.yaml")})
-    return found
-
-
-def load_ablation(name: str) -> Ablation:
-    """Read and check an ablation's file."""
-    files = ablation_files()
-    if name not in files:
-        raise UserError(f"{name} is not an ablation{suggest(name, files)}")
-    try:
-        values = yaml.safe_load(files[name].read_text())
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"experiments/{name}.yaml is not readable as YAML{line}; correct it and run again.") from error
-    try:
-        rows = tuple(
-            Row(
-                name=str(row["name"]),
-                label=str(row.get("label", row["name"])),
-                overrides=tuple(str(o) for o in row["overrides"]),
-                section=str(row.get("section", "")),
-            )
-            for row in values["rows"]
-        )
-        ablation = Ablation(
-            name=name,
-            question=str(values["question"]),
-            reference=str(values["reference"]),
-            metric=str(values.get("metric", "test/top1")),
-            seeds=tuple(int(seed) for seed in values["seeds"]),
-            rows=rows,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"experiments/{name}.yaml lacks or misspells {error}; it needs question, reference, seeds and rows with name and "
-            "overrides."
-        ) from error
-    problem = _file_problem(ablation, values)
-    if problem:
-        raise UserError(f"experiments/{name}.yaml: {problem}")
-    names = [row.name for row in rows]
-    if len(set(names)) < len(names):
-        raise UserError(f"experiments/{name}.yaml names a row twice; give each row its own name.")
-    if ablation.reference not in names:
-        raise UserError(
-            f"experiments/{name}.yaml: the reference {ablation.reference} is not a row{suggest(ablation.reference, names)}"
-        )
-    return ablation
-
-
-METRICS = ("test/top1", "test/top5", "test/nll", "test/ece", "val/top1")
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-
-
-def _file_problem(ablation: Ablation, values: Mapping[str, Any]) -> str:
-    """The first thing that is wrong with an ablation's file, in one sentence, or nothing."""
-    known = ("question", "reference", "metric", "seeds", "rows")
-    for key in values:
-        if key not in known:
-            return f"{key} is not known here{suggest(str(key), known)}"
-    if not re.fullmatch(NAME, ablation.name):
-        return f"the name {ablation.name} must be letters, digits, dots, dashes and underscores; rename the file."
-    if ablation.metric not in METRICS:
-        return f"metric: {ablation.metric} is not a final metric{suggest(ablation.metric, METRICS)}"
-    if any(seed < 0 for seed in ablation.seeds) or len(set(ablation.seeds)) < len(ablation.seeds):
-        return f"seeds {list(ablation.seeds)} must be different whole numbers from 0 on."
-    for row in values["rows"]:
-        for key in row:
-            if key not in ("name", "label", "section", "overrides"):
-                return f"row {row['name']}: {key} is not known here{suggest(str(key), ('name', 'label', 'section', 'overrides'))}"
-        if not isinstance(row["overrides"], list):
-            return f"row {row['name']}: overrides must be a list, such as [method=basd, selector=uniform]."
-        if not re.fullmatch(NAME, str(row["name"])):
-            return f"the row name {row['name']} must be letters, digits, dots, dashes and underscores; say the rest in its label."
-        if any(str(text).partition("=")[0] == "seed" for text in row["overrides"]):
-            return f"row {row['name']} sets seed; seeds belong to the whole table, under seeds."
-    return ""
-
-
 @dataclass(frozen=True)
 class TableOptions:
     seeds: tuple[int, ...] | None = None
@@ -273,21 +181,23 @@ class Resources:
 
 
 def prepare(config: Config, progress: Callable[[int, int], None] | None = None) -> Resources:
-    """Load the data and make the teacher ready, fitting it on first use."""
+    """Load the data and make the teacher ready, and its head where a loss reads logits, fitting them on first use."""
     splits = load_data(config.data)
     teacher = prepare_teacher(config.teacher, config.data, splits, progress)
+    if config.demands.logits:
+        prepare_head(teacher, config.teacher, config.data, splits, progress)
     return Resources(teacher, fingerprint(splits), len(splits.train))
 
 
 class Preparer:
-    """`prepare`, once per different (data, teacher)."""
+    """`prepare`, once per different (data, teacher, whether its head is needed)."""
 
     def __init__(self, progress: Callable[[int, int], None] | None = None) -> None:
         self._progress = progress
         self._known: dict[str, Resources] = {}
 
     def __call__(self, config: Config) -> Resources:
-        key = digest([dataclasses.asdict(config.data), dataclasses.asdict(config.teacher)])
+        key = digest([dataclasses.asdict(config.data), dataclasses.asdict(config.teacher), config.demands.logits])
         if key not in self._known:
             self._known[key] = prepare(config, self._progress)
         return self._known[key]
@@ -304,12 +214,10 @@ def freeze(composed: Composed, setting: str, resources: Resources) -> FrozenArm:
     total_steps = parse_duration(config.recipe.duration, steps_per_epoch)
     if total_steps < 1:
         raise UserError(f"recipe.duration={config.recipe.duration} is less than one step; make it longer.")
-    heads = attention_of(resources.teacher.model, 0).num_heads
-    if "attn" in config.enabled and config.head_aligner.name == "none" and heads != config.student.heads:
-        raise UserError(
-            f"head_aligner=none needs equal head counts, but the student has {config.student.heads} and the teacher {heads}; "
-            "choose head_aligner=conv."
-        )
+    model = resources.teacher.model
+    problems = teacher_errors(config, model.embed_dim, len(model.blocks), attention_of(model, 0).num_heads)
+    if problems:
+        raise UserError(join_problems(problems))
     keys = keys_of(
         config,
         teacher_fingerprint=resources.teacher.fingerprint,
@@ -344,10 +252,60 @@ def parameters(composed: Composed) -> dict[str, str]:
     return {key: value[:250] for key, value in shown.items() if not key.endswith(".name")}
 
 
-def merge_overrides(base: Sequence[str], row: Sequence[str]) -> list[str]:
-    """A row's overrides win over the command line's."""
-    keys = set(overridden_keys(row))
-    return [text for text in base if text.partition("=")[0] not in keys] + list(row)
+def effective_differences(reference: Config, config: Config) -> list[str]:
+    """What a configuration does otherwise than the reference, in words: "without rel", "selector: adaptive_spectral → alp".
+
+    Fields without effect are left out, and so is what only follows from another difference: settings of a loss that is gone,
+    another form that a section takes beside it, settings of a newly chosen component that stand at their defaults.
+    """
+    before, after = normalized(reference), normalized(config)
+    del before["seed"], after["seed"]
+    words = []
+    for word, gone in (("without", _extra(before, after)), ("with", _extra(after, before))):
+        words += [f"{word} {', '.join(gone)}"] if gone else []
+    for section, now in after.items():
+        if getattr(config, section) == getattr(reference, section):
+            continue
+        then = before.get(section, {})
+        values, old = dict(flatten(now)), dict(flatten(then))
+        if now.get("name") != then.get("name"):
+            words.append(f"{section}: {then['name']} → {now['name']}" if then else f"{section}: {now['name']}")
+            old = {}
+        defaults = _defaults(section, now.get("name"))
+        for key, value in values.items():
+            if key != "name" and value != old.get(key, defaults.get(key, value)):
+                from_old = f"{_shown(old[key])} → " if key in old else ""
+                words.append(f"{section}.{key}: {from_old}{_shown(value)}")
+    if not words and before != after:
+        old, new = dict(flatten(before)), dict(flatten(after))
+        words = [
+            f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+    return words
+
+
+def _extra(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Losses of one normalised configuration that the other lacks."""
+    return [name for name in ours.get("losses", {}) if name not in theirs.get("losses", {})]
+
+
+def _defaults(section: str, name: str | None) -> dict[str, Any]:
+    """Flat defaults of a component's choice, or of the losses."""
+    if section == "losses":
+        return dict(flatten(dataclasses.asdict(LossesConfig())))
+    if section not in GROUPS or name not in GROUPS[section]:
+        return {}
+    return dict(flatten(dataclasses.asdict(GROUPS[section][name]())))
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line writes it, cut when long."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    return text if len(text) <= 24 else f"{text[:23]}…"
 
 
 def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int, int], None] | None = None) -> Plan:
@@ -397,13 +355,20 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
     arms: dict[str, FrozenArm] = {}
     cells: dict[str, dict[int, str]] = {}
     rows: list[PlanRow] = []
+    teacher = preparer(composed[ablation.reference, seeds[0]].config).teacher
     for row in chosen:
+        own = preparer(composed[row.name, seeds[0]].config).teacher
+        if own.fingerprint != teacher.fingerprint and composed[row.name, seeds[0]].config.enabled:
+            notices.append(f"row {row.name} has a teacher of its own, {own.accuracy}")
         for seed in seeds:
-            arm = freeze(composed[row.name, seed], setting, preparer(composed[row.name, seed].config))
+            try:
+                arm = freeze(composed[row.name, seed], setting, preparer(composed[row.name, seed].config))
+            except UserError as error:
+                raise UserError(f"row {row.name}: {error}") from error
             # the first row that needs an arm gives it its name
             arms.setdefault(arm.arm_key, arm)
             cells.setdefault(row.name, {})[seed] = arm.arm_key
-        rows.append(PlanRow(row.name, row.label, arm.configuration_key, row.overrides, row.section))
+        rows.append(PlanRow(row.name, row.label, arm.configuration_key, row.overrides, row.section, row.factors))
     identity = {"name": name, "setting": setting, "cells": {row: sorted(cell.items()) for row, cell in cells.items()}}
     return Plan(
         name=name,
@@ -417,6 +382,6 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
         arms=arms,
         version=code_version(),
         hash=digest(identity)[:12],
-        teacher_top1=preparer(composed[ablation.reference, seeds[0]].config).teacher.test_top1,
+        teacher_top1=teacher.test_top1,
         notices=(*sorted(unused), *dict.fromkeys(notices)),
     )

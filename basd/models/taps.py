@@ -23,12 +23,13 @@ class Tapped:
     """What one forward pass left behind, by block index.
 
     `tokens[i]`: output of block i, (B, P+N, D), P prefix tokens first. `queries[i]`, `keys[i]`: (B, H, P+N, d), the
-    queries already multiplied by 1/√d.
+    queries already multiplied by 1/√d. `features`: what the classifier head read, (B, D), where asked for.
     """
 
     tokens: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
 
     def scores(self, block: int) -> Tensor:
         """Pre-softmax attention q kᵀ/√d of a block, (B, H, P+N, P+N)."""
@@ -63,16 +64,28 @@ def attention_of(model: VisionTransformer, block: int) -> Attention:
 class Taps:
     """Hooks on a ViT. `with taps.record() as tapped: model(x)` fills `tapped`; outside of it the hooks do nothing."""
 
-    def __init__(self, model: VisionTransformer, tokens: Iterable[int], attention: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        model: VisionTransformer,
+        tokens: Iterable[int],
+        attention: Iterable[int] = (),
+        features: bool = False,
+    ) -> None:
         self._target: Tapped | None = None
         for index in sorted(set(tokens)):
             model.blocks[index].register_forward_hook(self._block_hook(index))
         for index in sorted(set(attention)):
             attn = attention_of(model, index)
             attn.qkv.register_forward_hook(self._qkv_hook(index, attn))
+        if features:
+            model.head.register_forward_pre_hook(self._head_hook)
 
     def record(self) -> _Recording:
         return _Recording(self)
+
+    def _head_hook(self, _module: nn.Module, inputs: tuple) -> None:
+        if self._target is not None:
+            self._target.features = inputs[0]
 
     def _block_hook(self, index: int):
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:

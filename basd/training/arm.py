@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from basd.components.comparison import TwoViews
 from basd.components.sizes import Sizes
 from basd.config import Config
 from basd.data.images import ImageSet
@@ -22,7 +23,7 @@ from basd.models.taps import grid_of
 from basd.models.teacher import TeacherOutput, TeacherShape
 from basd.objective import Objective, Parts
 from basd.training import random_streams as streams
-from basd.training.batches import StepBatch
+from basd.training.batches import StepBatch, TeacherViews
 from basd.training.recipe import learning_rate, parse_duration
 
 EVALUATION_BATCH = 256
@@ -55,8 +56,8 @@ class TrainingArm:
         with streams.isolated(config.seed, streams.STUDENT_INIT):
             self.student = build_student(config.student, classes).to(device)
         self.objective = self._build_objective(config, teacher).to(device)
-        points = config.points if self.objective.uses_teacher else ()
-        self.tapped = TappedStudent(self.student, points, self.objective.uses_attention)
+        demands = self.objective.demands
+        self.tapped = TappedStudent(self.student, config.points if demands.points else (), demands.maps)
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=recipe.lr, fused=True)
 
     def _build_objective(self, config: Config, teacher: TeacherShape | None) -> Objective:
@@ -83,6 +84,7 @@ class TrainingArm:
             teacher_heads=teacher.heads if teacher else 0,
             teacher_grid=teacher.grid if teacher else (0, 0),
             total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
         )
         return Objective(parts, sizes, lambda name: streams.isolated(config.seed, f"{streams.COMPONENT_INIT}/{name}"))
 
@@ -103,7 +105,7 @@ class TrainingArm:
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def train_step(self, batch: StepBatch, teacher: TeacherOutput | None) -> dict[str, Tensor | float]:
+    def train_step(self, batch: StepBatch, teacher: TeacherViews | None) -> dict[str, Tensor | float]:
         """One step; returns the named parts of the objective, the learning rate and the gradient norm."""
         recipe = self.config.recipe
         epoch_ends = (self.step + 1) % self.steps_per_epoch == 0 or self.step + 1 == self.total_steps
@@ -115,9 +117,9 @@ class TrainingArm:
         self.objective.train()
         with streams.isolated(self.config.seed, streams.ARM_STEP, batch.epoch, batch.step):
             student: StudentOutput = self.tapped(images)
-            output = self.objective(
-                student, teacher, targets, mix, self.step, batch.generator, diagnose=self.step == 0 or epoch_ends
-            )
+            seen, views = self._teacher_side(batch, teacher)
+            diagnose = self.step == 0 or epoch_ends
+            output = self.objective(student, seen, targets, mix, self.step, batch.generator, diagnose, views)
             if not math.isfinite(float(output.total.detach())):
                 raise NonFiniteLossError(f"the loss of step {self.step} is not finite ({float(output.total.detach())})")
             self.optimizer.zero_grad(set_to_none=True)
@@ -134,6 +136,20 @@ class TrainingArm:
         if epoch_ends:
             self._remember_selector()
         return parts
+
+    def _teacher_side(
+        self, batch: StepBatch, teacher: TeacherViews | None
+    ) -> tuple[TeacherOutput | None, TwoViews | None]:
+        """What the teacher saw, and the second view of both models where a loss reads it."""
+        if not self.objective.demands.teacher:
+            return None, None
+        assert teacher is not None
+        mixed = getattr(self.config.mixing, "targets", None) == "same_input"
+        seen = teacher.mixed(self.config) if mixed else teacher.clean()
+        if not self.objective.demands.two_views:
+            return seen, None
+        real = self.tapped(batch.real_images(self.config)).logits
+        return seen, TwoViews(real, teacher.virtual(self.config))
 
     def _remember_selector(self) -> None:
         shares = self.objective.layer_shares()

@@ -1,4 +1,4 @@
-"""One step's batch and the views of it; views that several arms of a cohort share are computed once."""
+"""One step's batch, the views of it and the teacher on them; what several arms of a cohort share is computed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from basd.config import Config
 from basd.data.images import ImageSource
 from basd.data.mixing import Mix, draw, soft_labels
-from basd.data.views import Geometry, crop, draw_geometry, normalize, student_view
+from basd.data.views import Geometry, crop, draw_geometry, normalize, resize_normalised, student_view
+from basd.models.teacher import Teacher, TeacherOutput
 from basd.training import random_streams as streams
 
 T = TypeVar("T")
@@ -47,14 +48,11 @@ class StepBatch:
         """The clean crop in [0, 1], (B, 3, size, size)."""
         return self._shared(("clean", size), lambda: crop(self.images, self.geometry(), size))
 
-    def teacher_images(self, size: int, mean: list[float], std: list[float]) -> Tensor:
-        return normalize(self.clean(size), mean, std)
-
     def student_images(self, config: Config) -> tuple[Tensor, Tensor, Mix | None]:
         """Mixed, normalised images (B, 3, S, S), soft targets (B, C), and how they were mixed, as `config` asks."""
         size = config.student.image_size
         smoothing = config.objective.label_smoothing
-        views, mixing = _frozen(config.views), _frozen(config.mixing)
+        views, mixing = _frozen(config.views), _frozen(config.mixing, but=("targets",))
 
         def view() -> Tensor:
             generator = self.generator(streams.STRONG_VIEW)
@@ -69,6 +67,61 @@ class StepBatch:
 
         return self._shared(("mixed", views, mixing, size, smoothing), mixed)
 
+    def real_images(self, config: Config) -> Tensor:
+        """The clean crop, normalised and mixed like the student's view, (B, 3, S, S)."""
+        size = config.student.image_size
+        mix = self.student_images(config)[2]
 
-def _frozen(config: Any) -> tuple:
-    return tuple((key, str(value)) for key, value in sorted(dataclasses.asdict(config).items()))
+        def compute() -> Tensor:
+            images = normalize(self.clean(size), self.data.mean, self.data.std)
+            return images if mix is None else mix.mix_images(images)
+
+        return self._shared(("real", _frozen(config.views), _frozen(config.mixing, but=("targets",)), size), compute)
+
+
+class TeacherViews:
+    """The teacher's forward passes of one step: each is made when an arm asks for it, and once for the whole cohort."""
+
+    def __init__(self, teacher: Teacher, batch: StepBatch, size: int, mean: list[float], std: list[float]) -> None:
+        self.teacher, self.batch = teacher, batch
+        self.size, self.mean, self.std = size, mean, std
+        self._memo: dict[Any, TeacherOutput] = {}
+
+    def _shared(self, key: Any, images: Callable[[], Tensor]) -> TeacherOutput:
+        if key not in self._memo:
+            self._memo[key] = self.teacher(images())
+        return self._memo[key]
+
+    def clean(self) -> TeacherOutput:
+        """On the clean crop."""
+        return self._shared("clean", lambda: normalize(self.batch.clean(self.size), self.mean, self.std))
+
+    def mixed(self, config: Config) -> TeacherOutput:
+        """On the clean crop, mixed like the student's view (`mixing.targets=same_input`)."""
+        mix = self.batch.student_images(config)[2]
+        if mix is None:
+            return self.clean()
+        side = config.student.image_size
+
+        def images() -> Tensor:
+            clean = normalize(self.batch.clean(self.size), self.mean, self.std)
+            # the box was drawn in the student's pixels; at another size a pixel may be partly covered
+            partner = mix.coverage(self.size, self.size, side, side, clean.device).view(self.size, self.size)
+            return clean * (1 - partner) + mix.partner(clean) * partner
+
+        return self._shared(("mixed", _frozen(config.mixing, but=("targets",)), side), images)
+
+    def virtual(self, config: Config) -> TeacherOutput:
+        """On the student's view."""
+        data = self.batch.data
+
+        def images() -> Tensor:
+            seen = self.batch.student_images(config)[0]
+            return resize_normalised(seen, self.size, data.mean, data.std, self.mean, self.std)
+
+        key = ("virtual", _frozen(config.views), _frozen(config.mixing, but=("targets",)), config.student.image_size)
+        return self._shared(key, images)
+
+
+def _frozen(config: Any, but: tuple[str, ...] = ()) -> tuple:
+    return tuple((key, str(value)) for key, value in sorted(dataclasses.asdict(config).items()) if key not in but)

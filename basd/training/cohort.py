@@ -25,12 +25,13 @@ from basd.data import load as load_data
 from basd.data.images import Splits, epoch_order
 from basd.errors import UserError
 from basd.models.teacher import Teacher
+from basd.objective import demands
 from basd.training import random_streams as streams
 from basd.training.arm import TrainingArm
-from basd.training.batches import StepBatch
+from basd.training.batches import StepBatch, TeacherViews
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from basd.training.recorder import Recorder
-from basd.training.teachers import PreparedTeacher, prepare_teacher, statistics_of
+from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher, statistics_of
 
 log = logging.getLogger("basd.training")
 
@@ -87,8 +88,11 @@ class Cohort:
         if any(config.enabled for config in configs):
             prepared = prepare_teacher(first.teacher, first.data, splits)
             check_fingerprint(prepared, arms[0])
-            attention = any("attn" in config.enabled for config in configs)
-            self.teacher = Teacher(prepared.model.to(self.device), attention)
+            wanted = [demands(config.losses, config.head_aligner) for config in configs]
+            head = None
+            if any(want.logits for want in wanted):
+                head = prepare_head(prepared, first.teacher, first.data, splits).to(self.device)
+            self.teacher = Teacher(prepared.model.to(self.device), any(want.maps for want in wanted), head)
         self.results: list[ArmResult] = []
         self.members: list[_Member] = []
         for frozen, config, directory, recorder in zip(arms, configs, directories, recorders, strict=True):
@@ -157,9 +161,9 @@ class Cohort:
             batch.clean(self.data.image_size)
             clock.data += time.perf_counter() - began
             teacher = None
-            if self.teacher is not None and any(member.arm.objective.uses_teacher for member in due):
+            if self.teacher is not None:
                 mean, std = statistics_of(self.teacher_config, self.data)
-                teacher = self.teacher(batch.teacher_images(self.teacher_config.image_size, mean, std))
+                teacher = TeacherViews(self.teacher, batch, self.teacher_config.image_size, mean, std)
             for member in due:
                 self._attempt(member, partial(self._train, member, batch, teacher))
             clock.images += self.batch_size
@@ -182,7 +186,7 @@ class Cohort:
             if result.status == "complete":
                 remove_checkpoints(member.directory)
 
-    def _train(self, member: _Member, batch: StepBatch, teacher: Any) -> None:
+    def _train(self, member: _Member, batch: StepBatch, teacher: TeacherViews | None) -> None:
         parts = member.arm.train_step(batch, teacher)
         step = member.arm.step
         ends = step % self.steps_per_epoch == 0 or step == member.arm.total_steps

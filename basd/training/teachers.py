@@ -1,7 +1,8 @@
-"""Teachers made ready: built, fitted on first use under a file lock, cached, and named by a hash of their weights."""
+"""Teachers and their heads made ready: built, fitted on first use under a file lock, cached, named by a hash of weights."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -12,12 +13,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from basd.config import digest
 from basd.data.images import ImageSet, Splits, epoch_order, fingerprint
@@ -26,6 +28,7 @@ from basd.errors import UserError
 from basd.evaluation.classification import classification_metrics, predict
 from basd.models.teacher import DigitsViTConfig, build_digits_vit, build_timm_teacher
 from basd.training import random_streams as streams
+from basd.training.probes import L2_STRENGTHS, check_labels, empty_probe, fit_probe
 from basd.training.recipe import learning_rate
 
 # the splits that a fitted teacher is scored on; its settings are chosen on the first
@@ -46,9 +49,33 @@ class PreparedTeacher:
     @property
     def accuracy(self) -> str:
         """For people: top-1 on the splits it was scored on."""
-        scores = [("validation", self.validation_top1), ("test", self.test_top1)]
-        known = [f"{part} top-1 {100 * value:.2f} %" for part, value in scores if value is not None]
-        return ", ".join(known) or "accuracy not measured"
+        return _accuracy(self.validation_top1, self.test_top1)
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """What a teacher's head is: its own, or a linear probe; the hash of its weights, and what is known of its accuracy."""
+
+    kind: Literal["own", "probe"]
+    fingerprint: str
+    validation_top1: float | None
+    test_top1: float | None
+    # of a probe: chosen strength of L2, its file, and whether this call fitted it
+    l2: float | None = None
+    path: Path | None = None
+    fitted_now: bool = False
+
+    @property
+    def description(self) -> str:
+        """For people: "linear probe, L2 0.001, validation top-1 …, test top-1 …"."""
+        what = "own head" if self.kind == "own" else f"linear probe, L2 {self.l2:g}"
+        return f"{what}, {_accuracy(self.validation_top1, self.test_top1)}"
+
+
+def _accuracy(validation_top1: float | None, test_top1: float | None) -> str:
+    scores = [("validation", validation_top1), ("test", test_top1)]
+    known = [f"{part} top-1 {100 * value:.2f} %" for part, value in scores if value is not None]
+    return ", ".join(known) or "accuracy not measured"
 
 
 def cache_directory() -> Path:
@@ -75,11 +102,14 @@ def statistics_of(teacher: Any, data: Any) -> tuple[list[float], list[float]]:
 def prepare_teacher(
     teacher: Any, data: Any, splits: Splits, progress: Callable[[int, int], None] | None = None
 ) -> PreparedTeacher:
-    """The teacher that a configuration names. `progress(step, steps)` is called while one is fitted."""
+    """The teacher that a configuration names, with its own head where it has a fitting one.
+
+    `progress(step, steps)` is called while one is fitted.
+    """
     if isinstance(teacher, DigitsViTConfig):
         return _digits_vit(teacher, data, splits, progress)
     with streams.isolated(0, "teacher_init"):
-        model = build_timm_teacher(teacher)
+        model = build_timm_teacher(teacher, splits.train.classes)
     return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, None)
 
 
@@ -105,40 +135,118 @@ def _digits_vit(
         _load_into(model, Path(config.weights))
         return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, Path(config.weights))
     path = _cache_path(config, data, splits)
+
+    def fit() -> dict[str, float]:
+        fit_classifier(model, config, data, splits.train, progress)
+        return {f"{part}_top1": top1(model, config, data, getattr(splits, part)) for part in _SCORED}
+
+    facts, fitted_now = _fitted_once(path, model, fit)
+    validation, test = (facts.get(f"{part}_top1") for part in _SCORED)
+    return PreparedTeacher(model.eval(), weights_fingerprint(model), validation, test, path, fitted_now)
+
+
+def prepare_head(
+    prepared: PreparedTeacher,
+    teacher: Any,
+    data: Any,
+    splits: Splits,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """The teacher's classification head: features (B, D_t) → logits (B, C), float32; frozen, eval mode, CPU.
+
+    Its own where `prepared` has one; otherwise a linear probe, fitted on the training split once for every combination of
+    teacher weights, data and image size, and cached. `UserError` where a probe is needed and the data has no labels.
+    """
+    return _head(prepared, teacher, data, splits, progress)[0]
+
+
+def head_facts(
+    prepared: PreparedTeacher,
+    teacher: Any,
+    data: Any,
+    splits: Splits,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeadFacts:
+    """What `prepare_head` gives with the same arguments, in figures; a probe that is not there yet is fitted."""
+    return _head(prepared, teacher, data, splits, progress)[1]
+
+
+def _head(
+    prepared: PreparedTeacher,
+    teacher: Any,
+    data: Any,
+    splits: Splits,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[nn.Module, HeadFacts]:
+    model = prepared.model
+    if model.num_classes > 0:
+        # a copy: moving or casting the one leaves the other alone
+        own = copy.deepcopy(model.head).cpu().float().eval().requires_grad_(False)
+        return own, HeadFacts("own", weights_fingerprint(own), prepared.validation_top1, prepared.test_top1)
+    check_labels(splits)
+    statistics = statistics_of(teacher, data)
+    key = digest(
+        {
+            "teacher": [teacher.architecture, prepared.fingerprint],
+            "content": fingerprint(splits),
+            "view": [teacher.image_size, *statistics],
+            "l2": L2_STRENGTHS,
+        }
+    )
+    path = cache_directory() / "probes" / f"{teacher.architecture}-{key}.safetensors"
+    head = empty_probe(model.num_features, splits.train.classes)
+
+    def fit() -> dict[str, float]:
+        probe = fit_probe(model, splits, teacher.image_size, statistics, progress)
+        head.load_state_dict(probe.head.state_dict())
+        return {"l2": probe.l2, "validation_top1": probe.validation_top1, "test_top1": probe.test_top1}
+
+    facts, fitted_now = _fitted_once(path, head, fit)
+    scores = (facts.get("validation_top1"), facts.get("test_top1"))
+    return head, HeadFacts("probe", weights_fingerprint(head), *scores, facts.get("l2"), path, fitted_now)
+
+
+def _fitted_once(path: Path, module: nn.Module, fit: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
+    """Weights of `module` from the cache, or from `fit()`, which sets them in place and returns facts to keep beside them.
+
+    Processes that ask at the same time wait for the one that fits. Returns the facts and whether this call fitted.
+    """
     folder, facts = path.parent, path.with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             fitted_now = not (path.exists() and facts.exists())
             if fitted_now:
-                fit_classifier(model, config, data, splits.train, progress)
-                scores = {f"{part}_top1": top1(model, config, data, getattr(splits, part)) for part in _SCORED}
+                found = fit()
                 fresh = path.with_suffix(".tmp")
-                save_file(model.state_dict(), fresh)
+                save_file(module.state_dict(), fresh)
                 os.replace(fresh, path)
                 said = facts.with_suffix(".json.tmp")
-                said.write_text(json.dumps(scores))
+                said.write_text(json.dumps(found))
                 os.replace(said, facts)
             else:
-                _load_into(model, path)
+                _load_into(module, path)
+            written = facts.read_bytes()
     except OSError as error:
         raise UserError(
             f"the cache directory {folder} cannot be written ({error.strerror}); set BASD_CACHE to one that can."
         ) from error
-    scores = json.loads(facts.read_text())
-    validation, test = (scores.get(f"{part}_top1") for part in _SCORED)
-    return PreparedTeacher(model.eval(), weights_fingerprint(model), validation, test, path, fitted_now)
-
-
-def _load_into(model: VisionTransformer, path: Path) -> None:
     try:
-        model.load_state_dict(load_file(path))
+        return json.loads(written), fitted_now
+    except ValueError as error:
+        raise UserError(f"{facts} is damaged; remove it, and its weights are fitted again.") from error
+
+
+def _load_into(module: nn.Module, path: Path) -> None:
+    what = "teacher" if isinstance(module, VisionTransformer) else "linear probe"
+    try:
+        module.load_state_dict(load_file(path))
     except FileNotFoundError as error:
         raise UserError(f"teacher.weights={path} does not exist.") from error
     except Exception as error:
+        way_out = "remove the file or correct teacher.weights" if what == "teacher" else "remove the file"
         raise UserError(
-            f"{path} does not hold the weights of this teacher (damaged, or of another size); remove the file or correct "
-            "teacher.weights."
+            f"{path} does not hold the weights of this {what} (damaged, or of another size); {way_out}."
         ) from error
 
 
@@ -184,6 +292,7 @@ def fit_classifier(
             step += 1
             if progress is not None:
                 progress(step, total)
+    model.zero_grad(set_to_none=True)
     model.eval().cpu()
 
 

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from basd.components.head_aligners import HEAD_ALIGNERS
-from basd.components.losses import LOSSES, LossesConfig
+from basd.components.losses import LossesConfig
 from basd.components.selectors import SELECTORS
 from basd.components.sizes import Sizes
 from basd.components.token_aligners import TOKEN_ALIGNERS
@@ -24,6 +24,8 @@ from basd.objective import Objective, ObjectiveConfig, ObjectiveOutput, Parts
 torch.set_num_threads(1)  # small tensors: more threads only slow them down
 
 POINTS, CLASSES, BATCH = (1, 3), 5, 4
+# the losses of the complete method, and those of them that compare tokens
+LOSSES, TOKEN_LOSSES = ("rsd", "rel", "attn", "spectral"), ("rsd", "rel", "spectral")
 CUTMIX = Mix("cutmix", 1 - 16 * 12 / 24**2, (8, 24, 6, 18))  # on the edges of patches
 MIXUP = Mix("mixup", 0.3)
 MIXES = {"none": None, "mixup": MIXUP, "cutmix": CUTMIX}
@@ -80,7 +82,7 @@ def generator(purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(len(purpose))
 
 
-def make(enabled: tuple[str, ...] = tuple(LOSSES), s: Sizes | None = None, **choices: Any) -> Objective:
+def make(enabled: tuple[str, ...] = LOSSES, s: Sizes | None = None, **choices: Any) -> Objective:
     """An objective with these losses on; without a warmup unless one is named."""
     losses = LossesConfig()
     for name in enabled:
@@ -125,8 +127,8 @@ def run(
 ) -> ObjectiveOutput:
     images, clean, labels = data(seed)
     student = build_student() if student is None else student
-    points = POINTS if objective.uses_teacher else ()
-    out = TappedStudent(student, points, objective.uses_attention)(images)
+    points = POINTS if objective.demands.teacher else ()
+    out = TappedStudent(student, points, objective.demands.maps)(images)
     seen = teacher(clean) if teacher is not None else None
     if mix is not None:
         labels = mix.convex(labels)

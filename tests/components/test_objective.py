@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from objective_fakes import (
     CUTMIX,
+    LOSSES,
     MIXES,
     POINTS,
     Calls,
@@ -22,7 +23,6 @@ from objective_fakes import (
 )
 from torch import Tensor, nn
 
-from basd.components.losses import LOSSES
 from basd.components.selectors import SELECTORS
 from basd.components.token_aligners import TOKEN_ALIGNERS
 from basd.components.warmup import WARMUPS
@@ -42,7 +42,7 @@ def teacher() -> Teacher:
 
 def test_cross_entropy_alone_needs_no_teacher() -> None:
     objective = make(enabled=())
-    assert not objective.uses_teacher and not objective.uses_attention
+    assert not objective.demands.teacher and not objective.demands.maps
     assert not list(objective.parameters()) and objective.layer_shares() is None
     student = build_student()
     output = run(objective, None, student=student)
@@ -165,7 +165,7 @@ def test_what_is_off_does_not_exist() -> None:
     assert objective.token_aligner is None and objective.projections is None
     assert set(objective.losses) == {"attn"}
     objective = make(("rsd",))
-    assert objective.head_aligner is None and objective.projections is None and not objective.uses_attention
+    assert objective.head_aligner is None and objective.projections is None and not objective.demands.maps
     assert make(("rel",)).projections is not None and make(("spectral",)).projections is not None
     assert make(("rel",), s=sizes(width=12)).projections is None
 
@@ -278,7 +278,7 @@ def train(objective: Objective, teacher: Teacher, steps: int = 3) -> dict[str, T
     before = copy.deepcopy({**dict(student.named_parameters()), **dict(objective.named_parameters())})
     together = [*student.parameters(), *objective.parameters()]
     optimizer = torch.optim.AdamW(together, lr=1e-3, weight_decay=0.0)
-    tapped = TappedStudent(student, POINTS, objective.uses_attention)
+    tapped = TappedStudent(student, POINTS, objective.demands.maps)
     for step in range(steps):
         images, clean, labels = data(step)
         output = objective(tapped(images), teacher(clean), labels, None, step, generator)

@@ -1,55 +1,25 @@
+"""adaptive_spectral: its descriptors and logits."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from selector_fakes import LAYERS, randn, sizes, small_teacher
 
-from basd.components.selectors import SELECTORS
 from basd.components.selectors.adaptive_spectral import (
     AdaptiveSpectralConfig,
     band_count,
     normalized_entropy,
     spectral_descriptor,
 )
-from basd.components.sizes import Sizes
 from basd.components.spectrum import spatial_power
-from basd.models.teacher import Teacher, TeacherOutput
-
-LAYERS, WIDTH = 5, 24
-
-
-def sizes(points: tuple[int, ...] = (1, 3), student_depth: int = 4, teacher_depth: int = LAYERS) -> Sizes:
-    return Sizes(
-        points=points,
-        image_size=24,
-        student_depth=student_depth,
-        student_width=6,
-        student_heads=2,
-        student_grid=(4, 3),
-        teacher_depth=teacher_depth,
-        teacher_width=WIDTH,
-        teacher_heads=3,
-        teacher_grid=(3, 5),
-        total_steps=10,
-    )
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from basd.models.teacher import TeacherOutput
 
 
 @pytest.fixture(scope="module")
 def teacher() -> TeacherOutput:
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=(12, 20), patch_size=4, num_classes=2, embed_dim=WIDTH, depth=LAYERS, num_heads=3
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return Teacher(model)(randn(3, 3, 12, 20))
+    return small_teacher()
 
 
 # -- descriptor -------------------------------------------------------------------------------------------------------
@@ -189,7 +159,7 @@ def test_logits_follow_the_formula(teacher: TeacherOutput) -> None:
     assert queries.shape[-1] == 32
     expected = torch.zeros(2, LAYERS)
     for m in range(2):
-        logits = [float(selector.bias[m, k] + queries[m] @ keys[k] / math.sqrt(32)) / 0.7 for k in range(LAYERS)]
+        logits = [(selector.bias[m, k] + queries[m] @ keys[k] / math.sqrt(32)).item() / 0.7 for k in range(LAYERS)]
         expected[m] = torch.tensor(logits).softmax(0)
     alpha = selector(student, teacher)
     torch.testing.assert_close(alpha, expected, rtol=1e-4, atol=1e-5)
@@ -217,37 +187,3 @@ def test_normalized_entropy() -> None:
     alpha = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
     torch.testing.assert_close(normalized_entropy(alpha), torch.tensor([1.0, 0.0, 0.5]))
     assert float(normalized_entropy(torch.ones(1, 1))) == 0
-
-
-# -- controls ---------------------------------------------------------------------------------------------------------
-
-
-def test_registry() -> None:
-    assert {"adaptive_spectral", "uniform", "forward"} <= set(SELECTORS)
-    assert all(config().name == name for name, config in SELECTORS.items())
-
-
-def test_uniform(teacher: TeacherOutput) -> None:
-    selector = SELECTORS["uniform"]().build(sizes())
-    assert torch.equal(selector(randn(2, 3, 12, 6), teacher), torch.full((2, LAYERS), 1 / LAYERS))
-    assert not list(selector.parameters())
-
-
-@pytest.mark.parametrize(
-    "points, student_depth, teacher_depth, layers",
-    [
-        ((2, 5, 8, 11), 12, 12, [2, 5, 8, 11]),
-        ((2, 5, 8, 11), 12, 24, [5, 11, 17, 23]),
-        ((0, 1, 2, 3), 4, 12, [2, 5, 8, 11]),
-        ((0, 3), 4, 2, [0, 1]),
-        ((0, 5), 12, 4, [0, 1]),
-    ],
-)
-def test_forward(
-    points: tuple[int, ...], student_depth: int, teacher_depth: int, layers: list[int], teacher: TeacherOutput
-) -> None:
-    selector = SELECTORS["forward"]().build(sizes(points, student_depth, teacher_depth))
-    alpha = selector(randn(len(points), 3, 12, 6), teacher)
-    assert alpha.argmax(1).tolist() == layers
-    assert torch.equal(alpha.sum(1), torch.ones(len(points))) and set(alpha.unique().tolist()) == {0.0, 1.0}
-    assert not list(selector.parameters())

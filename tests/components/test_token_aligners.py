@@ -1,18 +1,23 @@
+import dataclasses
+import io
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from basd.components.sizes import Sizes
 from basd.components.token_aligners import TOKEN_ALIGNERS
 from basd.components.token_aligners.cross_attention import CrossAttentionConfig
 from basd.components.token_aligners.diagnostics import aligner_diagnostics
 from basd.components.token_aligners.interpolate import InterpolateConfig
+from basd.components.token_aligners.student_projection import StudentProjectionConfig
 
 GRIDS = [((3, 4), (5, 3)), ((6, 6), (8, 8)), ((4, 4), (2, 5)), ((3, 4), (3, 4))]
+# every aligner whose output is P·T, and the one with a value map
+KINDS = [*TOKEN_ALIGNERS, "projected"]
 
 
 def sizes(student: tuple[int, int] = (3, 4), teacher: tuple[int, int] = (5, 3), width: int = 32) -> Sizes:
@@ -39,6 +44,20 @@ def mixtures(s: Sizes, batch: int = 3, seed: int = 0) -> Tensor:
     return torch.nn.functional.layer_norm(
         randn(2, batch, s.teacher_tokens, s.teacher_width, seed=seed), (s.teacher_width,)
     )
+
+
+def build(kind: str, s: Sizes, seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    if kind == "projected":
+        return CrossAttentionConfig(values="projected", **options).build(s)
+    return TOKEN_ALIGNERS[kind](**options).build(s)
+
+
+def perturb(module: nn.Module, amount: float = 0.1) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(amount * torch.randn_like(parameter))
+    return module
 
 
 def naive_area(student: tuple[int, int], teacher: tuple[int, int]) -> np.ndarray:
@@ -101,10 +120,10 @@ def test_cross_attention_starts_close_to_area_overlap(
     area = torch.from_numpy(naive_area(student, teacher)).float()
     weights = aligner.weights(tokens)
     # half the L1 distance of rows: 0 for equal, 1 for disjoint, about 0.9 for a uniform P
-    assert float((weights - area).abs().sum(-1).mean() / 2) < 0.5
-    assert float((weights * (area > 0)).sum(-1).mean()) > 0.6
+    assert (weights - area).abs().sum(-1).mean().item() / 2 < 0.5
+    assert (weights * (area > 0)).sum(-1).mean().item() > 0.6
     together = torch.stack([aligner(tokens).flatten(), (area @ tokens).flatten()])
-    assert float(torch.corrcoef(together)[0, 1]) > 0.8
+    assert torch.corrcoef(together)[0, 1].item() > 0.8
 
 
 @pytest.mark.parametrize("student, teacher", [((3, 4), (5, 3)), ((14, 14), (14, 14))])
@@ -151,13 +170,166 @@ def test_cross_attention_has_queries_and_keys_per_point() -> None:
 
 
 @pytest.mark.parametrize("gradient", ["joint", "detached"])
-def test_gradient(gradient: str) -> None:
-    aligner = CrossAttentionConfig(gradient=gradient).build(sizes())
+@pytest.mark.parametrize("values", ["identity", "projected"])
+def test_gradient(values: str, gradient: str) -> None:
+    aligner = perturb(CrossAttentionConfig(values=values, gradient=gradient).build(sizes()))
     tokens = mixtures(sizes()).requires_grad_()
     aligner(tokens).backward(randn(2, 3, 12, 32, seed=1))
     assert tokens.grad is not None and tokens.grad.any()
-    for parameter in aligner.parameters():
-        assert (parameter.grad is not None) == (gradient == "joint")
+    trained = {name for name, parameter in aligner.named_parameters() if parameter.grad is not None}
+    if gradient == "detached":
+        assert not trained
+        return
+    assert trained == {"queries", "key_weight"} | ({"value_weight"} if values == "projected" else set())
+    assert all(p.grad is not None and p.grad.abs().max() > 1e-4 for p in aligner.parameters())
+
+
+@pytest.mark.parametrize("gradient", ["joint", "detached"])
+@pytest.mark.parametrize("values", ["identity", "projected"])
+def test_gradient_setting_leaves_the_values(values: str, gradient: str) -> None:
+    tokens = mixtures(sizes())
+    joint = CrossAttentionConfig(values=values).build(sizes())
+    other = CrossAttentionConfig(values=values, gradient=gradient).build(sizes())
+    assert torch.equal(other(tokens), joint(tokens))
+
+
+# -- values=projected -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student, teacher", GRIDS)
+def test_projected_values_equal_loops(student: tuple[int, int], teacher: tuple[int, int]) -> None:
+    s = sizes(student, teacher)
+    aligner, tokens = perturb(build("projected", s)), mixtures(s)
+    p, t = aligner.weights(tokens).detach().double().numpy(), tokens.double().numpy()  # type: ignore[operator]
+    values = aligner.get_parameter("value_weight").detach().double().numpy()
+    expected = np.zeros((2, 3, s.student_tokens, 32))
+    for m in range(2):
+        for b in range(3):
+            projected = np.stack([token @ values[m] for token in t[m, b]])
+            for i in range(s.student_tokens):
+                mixed = sum(p[m, b, i, j] * projected[j] for j in range(s.teacher_tokens))
+                expected[m, b, i] = (mixed - mixed.mean()) / math.sqrt(mixed.var() + 1e-5)
+    np.testing.assert_allclose(aligner(tokens).detach().numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_projected_values_start_as_the_tokens_but_for_the_norm() -> None:
+    s = sizes()
+    tokens = mixtures(s)
+    plain, projected = build("cross_attention", s)(tokens), build("projected", s)(tokens)
+    torch.testing.assert_close(projected, nn.functional.layer_norm(plain, (32,)), rtol=1e-4, atol=1e-5)
+    added = set(build("projected", s).state_dict()) - set(build("cross_attention", s).state_dict())
+    assert added == {"value_weight"}
+    assert build("projected", s).get_parameter("value_weight").shape == (2, 32, 32)
+
+
+def test_projected_values_of_zero_tokens_have_finite_gradients() -> None:
+    s = sizes()
+    aligner = build("projected", s)
+    aligner(torch.zeros(2, 3, 15, 32)).backward(randn(2, 3, 12, 32))
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in aligner.parameters())
+
+
+def test_a_trained_value_map_can_collapse_the_target_and_a_detached_one_cannot() -> None:
+    """The reason why values are the teacher's own tokens by default: V can make the target a constant of full size."""
+    s = sizes()
+    tokens = nn.functional.layer_norm(mixtures(s) + randn(32, seed=7), (32,))  # as in ViTs, tokens share a part
+    aligner = build("projected", s)
+
+    def shares() -> Tensor:
+        with torch.no_grad():
+            values = aligner_diagnostics(aligner.weights(tokens), tokens, s, aligner(tokens))  # type: ignore[operator]
+        return values["spatial_variance_share"]
+
+    start = shares()
+    optimizer = torch.optim.Adam([aligner.get_parameter("value_weight")], lr=0.03)
+    for _ in range(100):
+        target = aligner(tokens)
+        optimizer.zero_grad()
+        # what a student loses that always predicts the mean
+        (target - target.mean(dim=(1, 2), keepdim=True)).square().mean().backward()
+        optimizer.step()
+    assert (shares() < 0.05 * start).all()
+    assert float(aligner(tokens).detach().square().mean()) > 0.9
+    # P alone does not show it
+    only_p = aligner_diagnostics(aligner.weights(tokens), tokens, s)["spatial_variance_share"]  # type: ignore[operator]
+    assert (only_p > 0.5).all()
+    assert not build("projected", s, gradient="detached")(tokens).requires_grad
+
+
+# -- controls ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_student_projection_asks_for_a_student_mlp() -> None:
+    assert set(TOKEN_ALIGNERS) == {"cross_attention", "interpolate", "student_projection", "frozen_random"}
+    assert {kind for kind, config in TOKEN_ALIGNERS.items() if config.student_mlp} == {"student_projection"}
+    # what an aligner is said to need is no setting
+    assert all("student_mlp" not in dataclasses.asdict(config()) for config in TOKEN_ALIGNERS.values())
+
+
+def test_student_projection_leaves_the_teacher_side_to_interpolate() -> None:
+    s = sizes()
+    tokens = mixtures(s)
+    assert torch.equal(StudentProjectionConfig().build(s)(tokens), InterpolateConfig().build(s)(tokens))
+
+
+def naive_row_entropy(p: np.ndarray) -> float:
+    return float(np.mean([-sum(x * math.log(x) for x in row if x > 0) for row in p.reshape(-1, p.shape[-1])]))
+
+
+@pytest.mark.parametrize("student, teacher", [*GRIDS, ((14, 14), (16, 16)), ((2, 3), (1, 1))])
+def test_frozen_random_is_as_sharp_as_the_start_of_cross_attention(
+    student: tuple[int, int], teacher: tuple[int, int]
+) -> None:
+    s = sizes(student, teacher)
+    # the start is set by positions alone
+    nothing = torch.zeros(2, 1, s.teacher_tokens, 32)
+    start, random = (build(kind, s).weights(nothing).detach() for kind in ("cross_attention", "frozen_random"))  # type: ignore[operator]
+    entropies = [naive_row_entropy(p.double().numpy()) for p in (start, random)]
+    assert entropies[1] == pytest.approx(entropies[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("student, teacher", [((6, 6), (8, 8)), ((14, 14), (16, 16)), ((5, 5), (8, 8))])
+def test_frozen_random_looks_at_no_place_in_particular(student: tuple[int, int], teacher: tuple[int, int]) -> None:
+    s = sizes(student, teacher, 48)
+    seen = naive_area(student, teacher) > 0
+    chance = seen.mean()
+    p = build("frozen_random", s).weights(mixtures(s))[:, 0].numpy()  # type: ignore[operator]
+    at_its_place = (p * seen).sum(axis=-1).mean()
+    # a row that looks at few places misses or hits its own by luck; rows are many
+    assert at_its_place == pytest.approx(chance, abs=0.06)
+    assert (build("cross_attention", s).weights(mixtures(s)) * torch.from_numpy(seen)).sum(-1).mean() > 0.6  # type: ignore[operator]
+
+
+def test_frozen_random_depends_on_the_seed_and_the_point_but_not_on_the_tokens() -> None:
+    s = sizes()
+    first, again, other = (build("frozen_random", s, seed).weights(mixtures(s)) for seed in (0, 0, 1))  # type: ignore[operator]
+    assert first.shape == (2, 1, 12, 15) and torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1 and (first[0] - first[1]).abs().max() > 0.1
+    assert torch.equal(build("frozen_random", s).weights(mixtures(s, seed=3)), first)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_gives_the_same_output(kind: str) -> None:
+    s = sizes()
+    tokens = mixtures(s)
+    trained = perturb(build(kind, s, seed=1))
+    file = io.BytesIO()
+    torch.save(trained.state_dict(), file)
+    file.seek(0)
+    restored = build(kind, s, seed=2)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(restored(tokens), trained(tokens))
+
+
+@pytest.mark.parametrize("kind", ["interpolate", "student_projection", "frozen_random"])
+def test_controls_have_nothing_to_train(kind: str) -> None:
+    aligner = build(kind, sizes())
+    assert not list(aligner.parameters())
+    # what is drawn is kept; what follows from the sizes is not
+    assert set(aligner.state_dict()) == ({"attention"} if kind == "frozen_random" else set())
+
+
+# -- diagnostics ------------------------------------------------------------------------------------------------------
 
 
 def diagnose(weights: Tensor, tokens: Tensor, s: Sizes) -> dict[str, Any]:
@@ -202,3 +374,39 @@ def test_input_variance_share_equals_loops() -> None:
     assert values["input_variance_share"] == pytest.approx(expected, rel=1e-3)
     constant = diagnose(area.expand(1, 1, 12, 15), tokens[:, :1].expand(2, 3, 15, 32), s)
     assert constant["input_variance_share"] == pytest.approx([0, 0], abs=1e-6)
+
+
+def make_uniform(aligner: nn.Module) -> nn.Module:
+    """The aligner with a P that looks everywhere alike."""
+    with torch.no_grad():
+        for name, tensor in [*aligner.named_parameters(), *aligner.named_buffers()]:
+            if name == "queries":
+                tensor.zero_()
+            elif name in ("attention", "resampling"):
+                tensor.fill_(1 / tensor.shape[-1])
+    return aligner
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("student, teacher", GRIDS)
+def test_a_uniform_map_is_visible_in_every_aligner(
+    kind: str, student: tuple[int, int], teacher: tuple[int, int]
+) -> None:
+    s = sizes(student, teacher)
+    tokens = mixtures(s)
+
+    def seen(aligner: nn.Module) -> dict[str, list[float]]:
+        with torch.no_grad():
+            weights, aligned = aligner.weights(tokens), aligner(tokens)  # type: ignore[operator]
+        values = aligner_diagnostics(weights, tokens, s, aligned)
+        if kind != "projected":
+            for name, without in aligner_diagnostics(weights, tokens, s).items():
+                torch.testing.assert_close(values[name], without, rtol=1e-4, atol=1e-6)
+        return {name: value.tolist() for name, value in values.items()}
+
+    start, uniform = seen(build(kind, s)), seen(make_uniform(build(kind, s)))
+    assert min(start["spatial_variance_share"]) > 0.3 and min(start["effective_rank"]) > 2
+    assert uniform["spatial_variance_share"] == pytest.approx([0, 0], abs=1e-6)
+    assert uniform["effective_rank"] == pytest.approx([1, 1], abs=1e-2)
+    assert uniform["row_entropy"] == pytest.approx([1, 1], abs=1e-4)
+    assert uniform["input_variance_share"] == pytest.approx([1, 1], abs=1e-3)

@@ -53,11 +53,63 @@ def test_same_generator_same_mix() -> None:
 
 def test_draws_a_fixed_amount() -> None:
     states = []
-    for config in (MixupCutmixConfig(), MixupConfig(), CutmixConfig(cutmix_alpha=0.3)):
+    for config in (MixupCutmixConfig(), MixupConfig(probability=0.0), CutmixConfig(cutmix_alpha=0.3)):
         g = generator(5)
         draw(config, 48, 48, g)
         states.append(g.get_state())
     assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+MIXED: list[type] = [MixupCutmixConfig, MixupConfig, CutmixConfig]
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_probability_is_the_share_of_mixed_batches(kind: type) -> None:
+    """A batch is mixed as at probability 1 or not at all, and one that is mixed stays so at a larger probability."""
+    n = 1500
+    always = [draw(kind(), 24, 20, generator(seed)) for seed in range(n)]
+    assert None not in always
+    assert all(draw(kind(probability=0.0), 24, 20, generator(seed)) is None for seed in range(200))
+    shares = []
+    for probability in (0.3, 0.8):
+        drawn = [draw(kind(probability=probability), 24, 20, generator(seed)) for seed in range(n)]
+        assert all(mix is None or mix == full for mix, full in zip(drawn, always, strict=True))
+        mixed = {seed for seed, mix in enumerate(drawn) if mix is not None}
+        assert abs(len(mixed) / n - probability) < 4 * math.sqrt(probability * (1 - probability) / n)
+        shares.append(mixed)
+    assert shares[0] < shares[1]
+
+
+def test_whether_a_batch_is_mixed_does_not_hang_on_how() -> None:
+    """λ and kind are as likely in the batches that are mixed as in all."""
+    n = 4000
+    drawn = [draw(MixupCutmixConfig(probability=0.5), 48, 48, generator(seed)) for seed in range(n)]
+    kept = [mix for mix in drawn if mix is not None]
+    cut = [mix.kind == "cutmix" for mix in kept]
+    assert abs(sum(cut) / len(cut) - 0.5) < 4 * 0.5 / math.sqrt(len(cut))
+    lam = torch.tensor([mix.lam for mix in kept if mix.kind == "mixup"])
+    assert abs(lam.mean() - 0.5) < 0.04
+
+
+def test_full_probability_draws_what_the_generator_gives() -> None:
+    """Switch, centre and the seed of Beta come first: `probability` shifts none of them."""
+    for seed in range(50):
+        g = generator(seed)
+        switch = torch.rand(3, generator=g, dtype=torch.float64)[0].item()
+        beta = np.random.Generator(np.random.PCG64(int(torch.randint(2**62, (), generator=g))))
+        mix = draw_mix(MixupCutmixConfig(), 48, 48, seed)
+        assert mix.kind == ("cutmix" if switch < 0.5 else "mixup")
+        if mix.kind == "mixup":
+            assert mix.lam == beta.beta(0.8, 0.8)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_skip_with_every_batch_mixed_is_refused(kind: type) -> None:
+    (problem,) = kind(targets="skip").problems()
+    assert "mixing.targets=skip" in problem and "set mixing.probability below 1" in problem
+    assert kind(targets="skip", probability=0.9).problems() == []
+    for targets in ("follow", "same_input", "clean"):
+        assert kind(targets=targets).problems() == []
 
 
 @pytest.mark.parametrize("alpha", [0.8, 0.2])

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
+from scipy import ndimage
 from timm.data import auto_augment as timm_ops
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
@@ -15,9 +16,11 @@ from basd.data.photometric import (
     OPERATIONS,
     apply_operations_,
     color_jitter,
+    gaussian_blur,
     grey,
     operation_arguments,
     rand_augment,
+    three_augment,
 )
 
 TIMM_NAMES = {
@@ -215,3 +218,72 @@ def test_grey_is_pils() -> None:
     expected = np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L"))
     got = grey(image[None].float())[0, 0]
     assert (got - torch.from_numpy(expected)).abs().max() <= 0.51
+
+
+def test_gaussian_blur_against_scipy() -> None:
+    """Each image with its own width; images smaller than the filter too."""
+    for height, width in [(24, 20), (5, 3)]:
+        sigma = torch.tensor([0.1, 0.3, 0.75, 1.2, 2.0])
+        x = torch.rand(5, 3, height, width, generator=generator(13))
+        before = x.clone()
+        got = gaussian_blur(x, sigma)
+        assert torch.equal(x, before)
+        for n in range(5):
+            for channel in range(3):
+                plane = x[n, channel].double().numpy()
+                expected = ndimage.gaussian_filter(plane, float(sigma[n]), mode="nearest", radius=20)
+                torch.testing.assert_close(got[n, channel].double(), torch.from_numpy(expected), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.6, 0.85, 1.1, 1.5, 2.0])
+def test_gaussian_blur_is_close_to_pillows(sigma: float) -> None:
+    """Edges of 200 levels; Pillow approximates the filter by three boxes. A width 20 % off differs by 10 levels."""
+    image = torch.zeros(3, 30, 30, dtype=torch.uint8)
+    image[:, :, 15:] = 200
+    image[1, 12:] = 60
+    got = gaussian_blur(image[None].float() / 255, torch.tensor([sigma]))[0] * 255
+    pil = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))
+    assert (got - torch.from_numpy(np.array(pil)).permute(2, 0, 1)).abs().max() < 6
+
+
+def test_three_augment_against_a_loop() -> None:
+    """One image at a time, from the same random numbers, with Pillow's greyscale and solarisation."""
+    x = torch.randint(0, 256, (60, 3, 14, 11), generator=generator(14), dtype=torch.uint8)
+    plain = x.float() / 255
+    before = plain.clone()
+    got = three_augment(plain, generator(15))
+    assert torch.equal(plain, before) and torch.equal(got, three_augment(plain, generator(15)))
+    assert got.min() >= 0 and got.max() <= 1
+    g = generator(15)
+    choice = torch.randint(3, (60,), generator=g).tolist()
+    sigma = (0.1 + 1.9 * torch.rand(60, generator=g)).tolist()
+    assert set(choice) == {0, 1, 2}
+    for i in range(60):
+        pil = Image.fromarray(x[i].permute(1, 2, 0).numpy())
+        if choice[i] == 2:
+            expected = torch.from_numpy(
+                ndimage.gaussian_filter(plain[i].numpy(), (0, sigma[i], sigma[i]), mode="nearest")
+            )
+            torch.testing.assert_close(got[i], expected, atol=5e-4, rtol=0)
+            continue
+        result = pil.convert("L").convert("RGB") if choice[i] == 0 else ImageOps.solarize(pil)
+        expected = torch.from_numpy(np.array(result)).permute(2, 0, 1)
+        assert (got[i] * 255 - expected).abs().max() <= (0.51 if choice[i] == 0 else 1e-3)
+
+
+def test_three_augment_of_batches_that_lack_a_kind() -> None:
+    x = torch.rand(1, 3, 6, 6, generator=generator(16))
+    for seed in range(12):
+        assert torch.isfinite(three_augment(x, generator(seed))).all()
+
+
+def test_three_augment_chooses_each_as_often() -> None:
+    """Read off from what happened to a bright image: grey, dark, or neither."""
+    x = torch.tensor([0.9, 0.6, 0.7]).view(1, 3, 1, 1).expand(6000, 3, 2, 2)
+    centre = three_augment(x, generator(17))[:, :, 0, 0]
+    greyed = (centre[:, 0] == centre[:, 1]).sum()
+    dark = (centre.amax(1) < 0.5).sum()
+    untouched = ((centre - x[:, :, 0, 0]).abs().amax(1) < 1e-5).sum()  # a blurred flat image is the same
+    assert greyed + dark + untouched == 6000
+    for count in (greyed, dark, untouched):
+        assert abs(count - 2000) < 4.5 * (6000 * 2 / 9) ** 0.5

@@ -12,7 +12,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from basd.data import VIEWS
 from basd.data.digits import DigitsConfig
+from basd.data.geometric import rand_augment_full
+from basd.data.photometric import color_jitter, three_augment
 from basd.data.views import (
+    STRONG,
     DualViewsConfig,
     Geometry,
     SingleViewsConfig,
@@ -22,6 +25,7 @@ from basd.data.views import (
     eval_view,
     normalize,
     random_erasing,
+    resize_normalised,
     strong_view,
     student_view,
 )
@@ -154,6 +158,55 @@ def test_strong_view_moves_no_pixel() -> None:
     assert (strong[..., 10:] - strong[..., :1, -1:]).abs().max() < 1e-5
 
 
+def test_strong_kinds_are_followed_by_colour_jitter() -> None:
+    clean, _ = clean_view(byte_images(24, 48, 48), DATA, 48, generator(6))
+    before = clean.clone()
+    config = DualViewsConfig(num_ops=3, magnitude=6.0, magnitude_std=1.0, op_probability=0.8, color_jitter=0.2)
+    g = generator(7)
+    expected = color_jitter(rand_augment_full(clean, 3, 6.0, 1.0, 0.8, [0.1, 0.2, 0.3], g), 0.2, g)
+    got = strong_view(clean, replace(config, strong="randaugment_full"), generator(7), fill=[0.1, 0.2, 0.3])
+    assert torch.equal(got, expected)
+    g = generator(7)
+    expected = color_jitter(three_augment(clean, g), 0.2, g)
+    assert torch.equal(strong_view(clean, replace(config, strong="three_augment"), generator(7)), expected)
+    assert torch.equal(clean, before)
+    assert torch.equal(strong_view(clean, replace(OFF, strong="randaugment_full"), generator(7)), clean)
+
+
+def test_full_rand_augment_shows_the_mean_beyond_the_image() -> None:
+    """A white image that is moved: what comes in from outside is zero after normalisation."""
+    images = torch.full((200, 3, 24, 24), 255, dtype=torch.uint8)
+    clean = images.float() / 255
+    data = replace(DATA, mean=[0.2, 0.4, 0.6])
+    config = replace(OFF, strong="randaugment_full", num_ops=1, op_probability=1.0)
+    seen = student_view(images, clean, data, config, generator(8))
+    shown = (seen.abs() < 1e-6).all(dim=1).flatten(1).any(dim=1)  # a photometric operation gives no such colour
+    assert 0.2 < shown.float().mean() < 0.5
+
+
+@pytest.mark.parametrize("strong", STRONG)
+def test_erasing_is_in_force_for_every_kind(strong: str) -> None:
+    images = byte_images(100, 24, 24)
+    clean = images.float() / 255
+    with_erasing, without = (
+        student_view(images, clean, DATA, DualViewsConfig(strong=strong, erasing=share), generator(9))
+        for share in (0.5, 0.0)
+    )
+    erased = (with_erasing != without).flatten(1).any(dim=1)
+    assert 30 < erased.sum() < 70
+
+
+def test_the_kind_of_rand_augment_changes_no_later_draw() -> None:
+    images = byte_images(40, 24, 24)
+    clean = images.float() / 255
+    states = []
+    for strong in ("photometric", "randaugment_full"):
+        g = generator(10)
+        student_view(images, clean, DATA, DualViewsConfig(strong=strong), g)
+        states.append(g.get_state())
+    assert torch.equal(states[0], states[1])
+
+
 def test_student_view() -> None:
     images = byte_images(32, 48, 48)
     clean, _ = clean_view(images, DATA, 48, generator(9))
@@ -173,6 +226,32 @@ def test_normalize() -> None:
     x = torch.rand(2, 3, 4, 4, generator=generator(11))
     expected = TF.normalize(x, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
     torch.testing.assert_close(normalize(x, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]), expected)
+
+
+def test_resize_normalised_is_the_view_at_another_size() -> None:
+    """Undo the statistics, resize the image, apply the others."""
+    x = torch.rand(3, 3, 20, 20, generator=generator(20))
+    old, new = ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]), ([0.4, 0.5, 0.45], [0.2, 0.3, 0.25])
+    for size in (9, 20, 33):
+        expected = TF.normalize(TF.resize(x, [size, size], antialias=True), *new)
+        before = normalize(x, *old)
+        kept = before.clone()
+        torch.testing.assert_close(resize_normalised(before, size, *old, *new), expected, atol=2e-5, rtol=0)
+        assert torch.equal(before, kept)
+
+
+def test_resize_normalised_resizes_as_the_crop_does() -> None:
+    images = byte_images(2, 24, 24)
+    whole = Geometry(torch.tensor([[0, 0, 24, 24]] * 2), torch.zeros(2, dtype=torch.bool))
+    statistics = (DATA.mean, DATA.std)
+    for size in (8, 35):
+        got = resize_normalised(normalize(images.float() / 255, *statistics), size, *statistics, *statistics)
+        torch.testing.assert_close(got, normalize(crop(images, whole, size), *statistics), atol=2e-5, rtol=0)
+
+
+def test_resize_normalised_changes_nothing_where_all_is_equal() -> None:
+    x = torch.randn(2, 3, 12, 12, generator=generator(21))
+    assert torch.equal(resize_normalised(x, 12, [0.1, 0.2, 0.3], [0.4] * 3, (0.1, 0.2, 0.3), (0.4, 0.4, 0.4)), x)
 
 
 def test_random_erasing_against_a_loop() -> None:
@@ -227,11 +306,12 @@ def test_random_erasing_of_zero_and_one() -> None:
     assert (random_erasing(x, 1.0, generator(15)) != 0).flatten(1).any(1).all()
 
 
-def test_global_random_state_is_left_alone() -> None:
+@pytest.mark.parametrize("strong", STRONG)
+def test_global_random_state_is_left_alone(strong: str) -> None:
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     images = byte_images(16, 48, 48)
     clean, _ = clean_view(images, DATA, 48, generator(16))
-    student_view(images, clean, DATA, DualViewsConfig(geometry="independent"), generator(17))
+    student_view(images, clean, DATA, DualViewsConfig(geometry="independent", strong=strong), generator(17))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1] and str(np.random.get_state()) == states[2]
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -112,7 +113,8 @@ def test_gradients_flow_through_the_taps() -> None:
 def test_without_points_only_logits() -> None:
     student = build_student(TINY, 5)
     out = TappedStudent(student, (), attention=False)(torch.randn(2, 3, 24, 24))
-    assert out.tokens is None and out.scores is None and out.logits.shape == (2, 5)
+    assert out.tokens is None and out.scores is None and out.cls is None and out.logits.shape == (2, 5)
+    assert out.features is not None and out.features.shape == (2, 12)
 
 
 def test_without_attention_no_scores() -> None:
@@ -130,3 +132,130 @@ def test_registers_are_dropped_from_tokens_and_scores() -> None:
     assert out.tokens is not None and out.scores is not None
     assert out.tokens.shape == (1, 2, 6, 12)
     assert out.scores.shape == (1, 2, 2, 7, 7)
+
+
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_class_token_and_features(token: bool, mode: str) -> None:
+    """cls is the blocks' raw output; features are what the class head reads: the class token after the final norm."""
+    torch.manual_seed(0)
+    student = build_student(dataclasses.replace(TINY, distillation_token=token, drop_path=0.0), 5).train(
+        mode == "train"
+    )
+    perturb(student)
+    x = torch.randn(2, 3, 24, 24)
+    out = TappedStudent(student, (0, 2), attention=False)(x)
+    hidden = student._pos_embed(student.patch_embed(x))
+    blocks = []
+    for block in student.blocks:
+        hidden = block(hidden)
+        blocks.append(hidden)
+    assert out.cls is not None and out.cls.shape == (2, 2, 12)
+    torch.testing.assert_close(out.cls, torch.stack([blocks[0][:, 0], blocks[2][:, 0]]))
+    torch.testing.assert_close(out.features, student.norm(hidden)[:, 0])
+
+
+def test_features_have_gradients() -> None:
+    student = build_student(TINY, 5)
+    out = TappedStudent(student, (1,), attention=False)(torch.randn(2, 3, 24, 24))
+    assert out.features is not None
+    out.features.square().sum().backward()
+    assert student.blocks[0].attn.qkv.weight.grad is not None and student.head.weight.grad is None
+
+
+# -- distillation token ------------------------------------------------------------------------------------------------
+
+DISTILLED = dataclasses.replace(TINY, distillation_token=True, drop_path=0.0)
+
+
+def perturb(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def test_distilled_student_is_timms() -> None:
+    student = build_student(StudentConfig(distillation_token=True), 1000).eval()
+    # the token, its position and a second head
+    assert sum(p.numel() for p in student.parameters()) == 5_717_416 + 192 + 192 + 193_000
+    other = timm.create_model("deit_tiny_distilled_patch16_224", pretrained=False).eval()
+    other.load_state_dict(student.state_dict(), strict=True)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(student(x), other(x))
+
+
+def test_students_with_and_without_the_token_start_alike() -> None:
+    def start(config: StudentConfig) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        return build_student(config, 5).state_dict()
+
+    plain, distilled = start(TINY), start(DISTILLED)
+    positions, longer = plain.pop("pos_embed"), distilled.pop("pos_embed")
+    assert torch.equal(longer[:, [0, *range(2, 11)]], positions)
+    assert all(torch.equal(distilled[name], value) for name, value in plain.items())
+    assert set(distilled) - set(plain) == {"dist_token", "head_dist.weight", "head_dist.bias"}
+    # timm's start: normal, cut off, of standard deviation 0.02, and no bias
+    for value in (longer[:, 1], distilled["dist_token"], distilled["head_dist.weight"]):
+        assert 0.01 < value.std() < 0.03
+    assert not distilled["head_dist.bias"].any()
+    assert not torch.equal(distilled["head_dist.weight"], plain["head.weight"])
+    again = start(DISTILLED)
+    assert torch.equal(again["dist_token"], distilled["dist_token"])
+
+
+def test_both_heads_in_training_and_their_mean_in_evaluation() -> None:
+    torch.manual_seed(0)
+    student = build_student(DISTILLED, 5)
+    perturb(student)
+    tapped, x = TappedStudent(student, (1,), attention=False), torch.randn(3, 3, 24, 24)
+    plain = copy.deepcopy(student)
+    out = tapped(x)
+    final = plain.forward_features(x)
+    by_class = final[:, 0] @ plain.head.weight.T + plain.head.bias
+    by_distillation = final[:, 1] @ plain.head_dist.weight.T + plain.head_dist.bias
+    assert out.distillation_logits is not None
+    torch.testing.assert_close(out.logits, by_class)
+    torch.testing.assert_close(out.distillation_logits, by_distillation)
+    assert (out.logits - out.distillation_logits).abs().max() > 0.1
+    pair = plain(x)
+    assert torch.equal(out.logits, pair[0]) and torch.equal(out.distillation_logits, pair[1])
+    student.eval(), plain.eval()
+    mean = tapped(x)
+    torch.testing.assert_close(mean.logits, (by_class + by_distillation) / 2)
+    assert torch.equal(mean.logits, plain(x)) and mean.distillation_logits is None
+
+
+def test_a_plain_student_has_no_distillation_logits() -> None:
+    assert TappedStudent(build_student(TINY, 5), (1,), False)(torch.randn(2, 3, 24, 24)).distillation_logits is None
+
+
+def test_the_distillation_token_is_dropped_from_tokens_and_scores() -> None:
+    torch.manual_seed(0)
+    student = build_student(DISTILLED, 5).eval()
+    perturb(student)
+    x = torch.randn(2, 3, 24, 24)
+    out = TappedStudent(student, (1, 3), attention=True)(x)
+    assert out.tokens is not None and out.scores is not None
+    assert out.tokens.shape == (2, 2, 9, 12) and out.scores.shape == (2, 2, 2, 10, 10)
+    hidden = student._pos_embed(student.patch_embed(x))
+    keep = [0, *range(2, 11)]
+    for index, block in enumerate(student.blocks):
+        qkv = block.attn.qkv(block.norm1(hidden)).reshape(2, 11, 3, 2, 6)
+        hidden = block(hidden)
+        if index not in (1, 3):
+            continue
+        at = (1, 3).index(index)
+        torch.testing.assert_close(out.tokens[at], hidden[:, 2:])
+        for head in range(2):
+            scores = qkv[:, :, 0, head] @ qkv[:, :, 1, head].transpose(1, 2) / 6**0.5
+            torch.testing.assert_close(out.scores[at][:, head], scores[:, keep][:, :, keep], rtol=1e-4, atol=1e-5)
+
+
+def test_each_head_trains_its_own_token() -> None:
+    student = build_student(DISTILLED, 5)
+    out = TappedStudent(student, (), attention=False)(torch.randn(2, 3, 24, 24))
+    assert out.distillation_logits is not None
+    out.distillation_logits.square().sum().backward()
+    assert student.head_dist.weight.grad is not None and student.head.weight.grad is None
+    assert student.dist_token.grad is not None

@@ -1,37 +1,40 @@
-"""conv: a 1×1 convolution without bias over the heads of the point, on pre-softmax scores.
+"""conv: a 1×1 convolution without bias over the heads, on pre-softmax scores.
 
 Source: Align-to-Distill (arXiv:2403.01479), with the softmax taken over each row and after the convolution.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from basd.components.head_aligners.base import STACKS, HeadAligner, mix_heads, nearest_heads, stacks_points
 from basd.components.sizes import Sizes
 
 
 @dataclass
 class ConvConfig:
     name: str = "conv"
+    # Student heads that a teacher head is made of: those of its point, or those of all points.
+    stack: str = field(default="point", metadata={"choices": STACKS})
 
-    def build(self, sizes: Sizes) -> nn.Module:
-        return ConvHeadAligner(sizes)
+    all_layers: ClassVar[bool] = False
+
+    def build(self, sizes: Sizes) -> HeadAligner:
+        return ConvHeadAligner(self, sizes)
 
 
-class ConvHeadAligner(nn.Module):
-    """Teacher head h starts as student head ⌊h·H_s/H_t⌋ plus noise of 0.02, per point."""
+class ConvHeadAligner(HeadAligner):
+    """Teacher head h starts as student head ⌊h·H_s/H_t⌋ of its point plus noise of 0.02."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, config: ConvConfig, sizes: Sizes) -> None:
         super().__init__()
-        nearest = torch.arange(sizes.teacher_heads) * sizes.student_heads // sizes.teacher_heads
-        start = nn.functional.one_hot(nearest, sizes.student_heads).float()
-        noise = 0.02 * torch.randn(len(sizes.points), sizes.teacher_heads, sizes.student_heads)
-        self.weight = nn.Parameter(start + noise)
+        start = nearest_heads(sizes, stacks_points(config.stack, sizes))
+        self.weight = nn.Parameter(start + 0.02 * torch.randn(start.shape))
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """scores (M, B, H_s, Q, K) → log-probabilities (M, B, H_t, Q, K)."""
-        mixed = self.weight.unsqueeze(1) @ scores.flatten(3)
-        return mixed.unflatten(3, scores.shape[3:]).log_softmax(dim=-1)
+    def forward(self, scores: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """scores (M, B, H_s, Q, K) → log-probabilities (M, B, H_t, Q, K); the teacher's maps stay as they are."""
+        return mix_heads(self.weight, scores).log_softmax(dim=-1), maps

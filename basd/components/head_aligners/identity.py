@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from basd.components.head_aligners.base import HeadAligner
 from basd.components.sizes import Sizes
 
 
@@ -13,11 +15,13 @@ from basd.components.sizes import Sizes
 class IdentityConfig:
     name: str = "none"
 
-    def build(self, sizes: Sizes) -> nn.Module:
+    all_layers: ClassVar[bool] = False
+
+    def build(self, sizes: Sizes) -> HeadAligner:
         return IdentityHeadAligner()
 
 
-class IdentityHeadAligner(nn.Module):
-    def forward(self, scores: Tensor) -> Tensor:
-        """scores (M, B, H, Q, K) → log-probabilities of the same shape."""
-        return scores.log_softmax(dim=-1)
+class IdentityHeadAligner(HeadAligner):
+    def forward(self, scores: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """scores (M, B, H, Q, K) → log-probabilities of the same shape; the teacher's maps stay as they are."""
+        return scores.log_softmax(dim=-1), maps

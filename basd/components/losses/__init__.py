@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from basd.components.losses.attn import AttentionLossConfig
+from basd.components.losses.feature import FeatureLossConfig
+from basd.components.losses.logit import LogitLossConfig
 from basd.components.losses.rel import RelationLossConfig
 from basd.components.losses.rsd import RSDLossConfig
 from basd.components.losses.spectral import SpectralLossConfig
@@ -14,9 +16,9 @@ LOSSES: dict[str, type] = {
     "rel": RelationLossConfig,
     "attn": AttentionLossConfig,
     "spectral": SpectralLossConfig,
+    "logit": LogitLossConfig,
+    "feature": FeatureLossConfig,
 }
-# The losses that compare tokens (they use the layer mixture and the token aligner); attn compares attention maps.
-TOKEN_LOSSES = ("rsd", "rel", "spectral")
 
 
 @dataclass
@@ -27,6 +29,8 @@ class LossesConfig:
     rel: RelationLossConfig = field(default_factory=RelationLossConfig)
     attn: AttentionLossConfig = field(default_factory=AttentionLossConfig)
     spectral: SpectralLossConfig = field(default_factory=SpectralLossConfig)
+    logit: LogitLossConfig = field(default_factory=LogitLossConfig)
+    feature: FeatureLossConfig = field(default_factory=FeatureLossConfig)
 
 
 def enabled_losses(config: LossesConfig) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """rel: directions of the edges between tokens agree.
 
 Source: VRM (arXiv:2502.20760), its unit-difference edges taken here between K pairs of patch tokens of an image, with
-weak edges of the teacher pruned.
+weak edges of the teacher pruned. `vertices=logits` is the published form (vrm.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basd.components.comparison import PROJECTION, TOKENS, TWO_VIEWS, Comparison
+from basd.components.losses.vrm import VRMLoss, inverse_length
 from basd.components.sizes import Sizes
 
 # Purpose of the random stream that pairs are drawn from.
@@ -20,20 +23,55 @@ PAIRS_STREAM = "rel_pairs"
 @dataclass
 class RelationLossConfig:
     enabled: bool = False
-    # Token pairs (i < j) drawn each step, the same for student and teacher.
+    # What edges join: patch tokens of an image, images of the batch (means of their tokens), or predictions (VRM as published).
+    vertices: str = field(default="tokens", metadata={"choices": ("tokens", "pooled", "logits")})
+    # What is compared of a pair: unit difference, difference over the root mean square of all, cosine of centred vertices.
+    edge: str = field(default="unit_difference", metadata={"choices": ("unit_difference", "difference", "cosine_gram")})
+    # Pairs (i < j) drawn anew each step, the same for student and teacher, or every pair.
+    pairs: str = field(default="random", metadata={"choices": ("random", "all")})
     num_pairs: int = field(default=128, metadata={"min": 1})
-    # Quantile of teacher edge lengths below which an edge has no weight.
+    # Quantile of teacher edge lengths below which an edge has no weight; for logits the share of edges of highest entropy.
     prune: float = field(default=0.1, metadata={"min": 0.0, "max": 0.999})
+    # Huber's δ in the place of the squared difference; null: squared, for logits δ = 1.
+    huber_delta: float | None = field(default=None, metadata={"min": 1e-6})
+    # Weights α and β of the two kinds of edges of vertices=logits.
+    inter_sample_weight: float = field(default=1.0, metadata={"min": 0.0})
+    inter_class_weight: float = field(default=1.0, metadata={"min": 0.0})
 
-    def build(self, sizes: Sizes) -> RelationLoss:
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({TWO_VIEWS}) if self.vertices == "logits" else frozenset({TOKENS, PROJECTION})
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings without effect beside the others."""
+        if self.vertices == "logits":
+            pruned = () if self.inter_sample_weight > 0 else ("prune",)
+            return ("pairs", "num_pairs", "edge", *pruned)
+        return ("inter_sample_weight", "inter_class_weight", *(("num_pairs",) if self.pairs == "all" else ()))
+
+    def build(self, sizes: Sizes) -> RelationLoss | VRMLoss:
+        if self.vertices == "logits":
+            return VRMLoss(self.prune, self.huber_delta, self.inter_sample_weight, self.inter_class_weight)
         return RelationLoss(self, sizes)
 
 
-def draw_pairs(tokens: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def all_pairs(vertices: int) -> tuple[Tensor, Tensor]:
+    """All N(N−1)/2 pairs i < j, as two index tensors."""
+    first, second = torch.triu_indices(vertices, vertices, offset=1)
+    return first, second
+
+
+def draw_pairs(vertices: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`count` different pairs i < j out of N(N−1)/2, as two index tensors."""
-    first, second = torch.triu_indices(tokens, tokens, offset=1)
+    first, second = all_pairs(vertices)
     chosen = torch.randperm(first.numel(), generator=generator)[:count]
     return first[chosen], second[chosen]
+
+
+def differences(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """z_i − z_j of each pair (i, j). z (M, B, N, D) → (M, B, K, D)."""
+    return z.index_select(2, first) - z.index_select(2, second)
 
 
 def edge_products(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -43,9 +81,7 @@ def edge_products(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> Tensor
     large against K, from the differences themselves.
     """
     if a.shape[2] ** 2 > 16 * first.numel():
-        difference_a = a.index_select(2, first) - a.index_select(2, second)
-        difference_b = b.index_select(2, first) - b.index_select(2, second)
-        return (difference_a * difference_b).sum(dim=-1)
+        return (differences(a, first, second) * differences(b, first, second)).sum(dim=-1)
     gram = a @ b.transpose(-2, -1)
     tokens = gram.shape[-1]
     flat = gram.flatten(2)
@@ -56,43 +92,99 @@ def edge_products(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> Tensor
     return picked[:, :, 0] + picked[:, :, 1] - picked[:, :, 2] - picked[:, :, 3]
 
 
-def edge_agreement(student: Tensor, teacher: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """⟨e^s, e^t⟩ of unit differences e = (z_i−z_j)/√(‖z_i−z_j‖²+ε²), ε = 1e-3 of the mean edge of the point.
-
-    student, teacher (M, B, N, D) → agreement and the teacher's edge lengths, (M, B, K).
-    """
-    # edges do not feel a shift; small norms keep the Gram form exact
-    student = student - student.mean(dim=2, keepdim=True)
-    teacher = teacher - teacher.mean(dim=2, keepdim=True)
-    squared_s = edge_products(student, student, first, second).clamp_min(0.0)
-    squared_t = edge_products(teacher, teacher, first, second).clamp_min(0.0)
-    agreement = edge_products(student, teacher, first, second)
-    return agreement * inverse_length(squared_s) * inverse_length(squared_t), squared_t.detach().sqrt()
+def cosines(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Cosine of each pair of centred vertices, 0 with a vertex that is zero. z (M, B, N, D) → (M, B, K)."""
+    unit = z * inverse_length_of(z.square().sum(dim=-1)).unsqueeze(-1)
+    gram = unit @ unit.transpose(-2, -1)
+    return gram.flatten(2).index_select(2, first * gram.shape[-1] + second)
 
 
-def inverse_length(squared: Tensor) -> Tensor:
-    """1/√(‖edge‖²+ε²), (M, B, K)."""
-    epsilon = 1e-3 * squared.detach().sqrt().mean(dim=(1, 2), keepdim=True)
-    # the tiny floor keeps the gradient finite where every edge of a point is zero
-    return (squared + epsilon.square() + 1e-12).rsqrt()
+def inverse_length_of(squared: Tensor) -> Tensor:
+    """1/√(‖edge‖²+ε²) of (M, B, K) squared lengths, ε = 1e-3 of the mean edge of the point."""
+    return inverse_length(squared, squared.detach().sqrt().mean(dim=(1, 2), keepdim=True))
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Σ w·v/Σ w of each point. (M, B, K) → (M,)."""
+    return (values * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
 
 
 class RelationLoss(nn.Module):
-    """L = Σ w (1−⟨e^s,e^t⟩)/Σ w per point, then the mean over points."""
+    """L = Σ w·error/Σ w over pairs and images per point, then the mean over points; w = 0 for pruned edges, else 1.
+
+    error of a pair, by `edge`:
+    - unit_difference: 1−⟨e^s,e^t⟩ = ½‖e^s−e^t‖² of unit edges e = (z_i−z_j)/√(‖z_i−z_j‖²+ε²);
+    - difference: the same with e = (z_i−z_j)/r, r the root mean square length of the edges that count: L = 1 − correlation;
+    - cosine_gram: (c^s−c^t)²/(sg mean (c^t)² + 1e-6), c the cosine of the vertices, centred over the image (pooled: over the
+      batch). 1 for a student whose cosines are all 0, about 2 for unrelated ones that are as spread as the teacher's.
+    The first two are 1 for unrelated inputs, 0 for a match, and do not feel the scale of either side.
+    `huber_delta` takes Huber's function of the components of e^s−e^t, summed, for ½‖e^s−e^t‖² (for cosines, twice Huber's
+    function of c^s−c^t): for a large δ the same loss. It needs the differences themselves, M·B·K·D numbers a tensor, where
+    the squared forms need M·B·N²: with pairs=all on large grids that is far too much.
+    """
 
     def __init__(self, config: RelationLossConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.num_pairs = config.num_pairs
+        self.vertices = config.vertices
+        self.edge = config.edge
+        self.num_pairs = config.num_pairs if config.pairs == "random" else None
         self.prune = config.prune
+        self.delta = config.huber_delta
         self.tokens = sizes.student_tokens
+
+    def compare(self, comparison: Comparison) -> Tensor:
+        """The loss of one step."""
+        return self(comparison.projected, comparison.target, comparison.generator(PAIRS_STREAM))
 
     def forward(self, student: Tensor, teacher: Tensor, generator: torch.Generator) -> Tensor:
         """student, teacher (M, B, N, D) in the teacher's width. Returns a scalar."""
         assert student.shape[2] == teacher.shape[2] == self.tokens, (student.shape, teacher.shape, self.tokens)
-        first, second = (index.to(student.device) for index in draw_pairs(self.tokens, self.num_pairs, generator))
-        agreement, length = edge_agreement(student, teacher, first, second)
-        with torch.no_grad():
-            flat = length.flatten(1)
-            rank = int(self.prune * flat.shape[1]) + 1
-            weight = (length >= flat.kthvalue(rank, dim=1).values[:, None, None]).to(student.dtype)
-        return (((1 - agreement) * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))).mean()
+        if self.vertices == "pooled":
+            # one set of vertices, the batch: (M, 1, B, D)
+            student, teacher = student.mean(dim=2).unsqueeze(1), teacher.mean(dim=2).unsqueeze(1)
+        # edges do not feel a shift; small norms keep the Gram form exact
+        student = student - student.mean(dim=2, keepdim=True)
+        teacher = teacher - teacher.mean(dim=2, keepdim=True)
+        first, second = (index.to(student.device) for index in self._pairs(student.shape[2], generator))
+        errors = self._cosine_errors if self.edge == "cosine_gram" else self._edge_errors
+        return weighted_mean(*errors(student, teacher, first, second)).mean()
+
+    def _pairs(self, vertices: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return all_pairs(vertices) if self.num_pairs is None else draw_pairs(vertices, self.num_pairs, generator)
+
+    def _edge_errors(self, student: Tensor, teacher: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """½‖e^s−e^t‖² or its Huber form, and the weight of each edge, both (M, B, K)."""
+        squared_s = edge_products(student, student, first, second).clamp_min(0.0)
+        squared_t = edge_products(teacher, teacher, first, second).clamp_min(0.0)
+        weight = self._weight(squared_t)
+        if self.delta is None:
+            agreement = edge_products(student, teacher, first, second)
+            return 1 - agreement * self._scale(squared_s, weight) * self._scale(squared_t, weight), weight
+        edges_s = differences(student, first, second) * self._scale(squared_s, weight).unsqueeze(-1)
+        edges_t = differences(teacher, first, second) * self._scale(squared_t, weight).unsqueeze(-1)
+        return F.huber_loss(edges_s, edges_t, reduction="none", delta=self.delta).sum(dim=-1), weight
+
+    def _cosine_errors(self, student: Tensor, teacher: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """(c^s−c^t)² over the teacher's mean square, or its Huber form, and the weight of each pair, both (M, B, K)."""
+        weight = self._weight(edge_products(teacher, teacher, first, second).clamp_min(0.0))
+        cosines_s, cosines_t = cosines(student, first, second), cosines(teacher, first, second)
+        if self.delta is None:
+            error = (cosines_s - cosines_t).square()
+        else:
+            error = 2 * F.huber_loss(cosines_s, cosines_t, reduction="none", delta=self.delta)
+        spread = weighted_mean(cosines_t.detach().square(), weight)
+        return error / (spread + 1e-6)[:, None, None], weight
+
+    def _scale(self, squared: Tensor, weight: Tensor) -> Tensor:
+        """What makes edges of these squared lengths (M, B, K) unit edges, or (M, 1, 1) of unit mean square."""
+        if self.edge == "unit_difference":
+            return inverse_length_of(squared)
+        return (weighted_mean(squared, weight) + 1e-12).rsqrt()[:, None, None]
+
+    @torch.no_grad()
+    def _weight(self, squared: Tensor) -> Tensor:
+        """0 for edges of the teacher that are shorter than the quantile `prune` of their point, else 1. (M, B, K)."""
+        length = squared.sqrt()
+        flat = length.flatten(1)
+        rank = int(self.prune * flat.shape[1]) + 1
+        return (length >= flat.kthvalue(rank, dim=1).values[:, None, None]).to(squared.dtype)

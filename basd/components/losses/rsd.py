@@ -1,7 +1,8 @@
 """rsd: the cross-correlation of student and teacher channels is driven to the identity.
 
 Source: RSD (arXiv:2507.21844), after Barlow Twins (Zbontar et al. 2021, arXiv:2103.03230, eq. 1), here over patch
-tokens. κ = 0.01, AAD projector Linear–BN–GELU–Linear on the student's side.
+tokens. κ = 0.01, AAD projector Linear–BN–GELU–Linear on the student's side. As published: `samples=pre_logits`,
+`reduction=sum`, weight 0.1; Barlow Twins' own form is `reduction=sum` with κ = 0.0051.
 """
 
 from __future__ import annotations
@@ -11,29 +12,68 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from basd.components.comparison import CLS, FEATURES, TOKENS, Comparison
 from basd.components.sizes import Sizes
+from basd.errors import UserError
+
+READS = {
+    "tokens": frozenset({TOKENS}),
+    "cls": frozenset({CLS}),
+    "mean_pool": frozenset({TOKENS}),
+    "pre_logits": frozenset({FEATURES}),
+}
 
 
 @dataclass
 class RSDLossConfig:
     enabled: bool = False
+    # What is correlated over the batch: every patch token; or one vector an image, which is the class token, the mean
+    # patch token or (at the last layer only, not at the points) the pre-logits feature.
+    samples: str = field(default="tokens", metadata={"choices": tuple(READS)})
     # Weight κ of the off-diagonal terms.
     kappa: float = field(default=0.01, metadata={"min": 0.0})
-    # Mean that samples are centred by: of their position over the batch, or of all samples.
+    # Mean that samples are centred by: of their position over the batch, or of all samples. With one vector an image
+    # both are the same.
     center: str = field(default="position", metadata={"choices": ("position", "global")})
+    # What the cross-correlation is driven to: the identity, or the teacher's own correlation, which leaves no floor.
+    target: str = field(default="identity", metadata={"choices": ("identity", "teacher_correlation")})
+    # Student channels → teacher channels; none needs equal widths.
+    projector: str = field(default="aad", metadata={"choices": ("aad", "linear", "none")})
+    # Divided by the number of channels, or not, as published.
+    reduction: str = field(default="per_dim", metadata={"choices": ("per_dim", "sum")})
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return READS[self.samples]
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings without effect beside the others."""
+        return () if self.samples == "tokens" else ("center",)
 
     def build(self, sizes: Sizes) -> RSDLoss:
         return RSDLoss(self, sizes)
 
 
-def correlation_floor(teacher: Tensor, center: str, kappa: float) -> Tensor:
-    """κ·Σ_{i≠j} corr_t²/D: what the loss keeps, with the identity as target, when the teacher's channels are correlated.
-
-    teacher (M, B, N, D). Mean over points, a scalar.
-    """
-    correlation = cross_correlation(teacher, teacher, center)
-    off = correlation.square().sum(dim=(1, 2)) - correlation.diagonal(dim1=1, dim2=2).square().sum(dim=1)
-    return (kappa * off / correlation.shape[-1]).mean()
+def build_projector(kind: str, student_width: int, teacher_width: int) -> nn.Module:
+    """Student channels → teacher channels; `UserError` for `none` between unequal widths."""
+    if kind == "aad":
+        hidden = 2 * teacher_width
+        return nn.Sequential(
+            nn.Linear(student_width, hidden, bias=False),
+            # the projector only ever runs on training batches: running statistics would be dead state
+            nn.BatchNorm1d(hidden, track_running_stats=False),
+            nn.GELU(),
+            nn.Linear(hidden, teacher_width, bias=False),
+        )
+    if kind == "linear":
+        return nn.Linear(student_width, teacher_width, bias=False)
+    if student_width != teacher_width:
+        raise UserError(
+            f"losses.rsd.projector=none needs equal widths, but the student's is {student_width} and the teacher's "
+            f"{teacher_width}; choose losses.rsd.projector=linear."
+        )
+    return nn.Identity()
 
 
 def cross_correlation(student: Tensor, teacher: Tensor, center: str) -> Tensor:
@@ -50,27 +90,55 @@ def cross_correlation(student: Tensor, teacher: Tensor, center: str) -> Tensor:
     return (teacher.transpose(1, 2) @ student) / count * scale_t.unsqueeze(2) * scale_s.unsqueeze(1)
 
 
+def correlation_floor(teacher: Tensor, center: str, kappa: float, reduction: str = "per_dim") -> Tensor:
+    """κ·Σ_{i≠j} corr_t²/D: what the loss keeps with the identity as target, if the teacher's channels are correlated.
+
+    teacher (M, B, N, D). Mean over points, a scalar; with `reduction=sum` not divided by D.
+    """
+    correlation = cross_correlation(teacher, teacher, center)
+    off = correlation.square().sum(dim=(1, 2)) - correlation.diagonal(dim1=1, dim2=2).square().sum(dim=1)
+    return (kappa * off / (correlation.shape[-1] if reduction == "per_dim" else 1)).mean()
+
+
 class RSDLoss(nn.Module):
-    """L = [Σ(1−C_ii)² + κ Σ_{i≠j} C_ij²]/D per point, then the mean over points."""
+    """L = [Σ(1−C_ii)² + κ Σ_{i≠j} C_ij²]/D per point, then the mean over points.
+
+    With `target=teacher_correlation` the teacher's own correlation, detached, takes the place of the identity; with
+    `reduction=sum` nothing is divided by D.
+    """
 
     def __init__(self, config: RSDLossConfig, sizes: Sizes) -> None:
         super().__init__()
+        self.samples = config.samples
         self.kappa = config.kappa
         self.center = config.center
-        hidden = 2 * sizes.teacher_width
+        self.target = config.target
+        self.reduction = config.reduction
+        places = 1 if config.samples == "pre_logits" else len(sizes.points)
         self.projectors = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(sizes.student_width, hidden, bias=False),
-                # the projector only ever runs on training batches: running statistics would be dead state
-                nn.BatchNorm1d(hidden, track_running_stats=False),
-                nn.GELU(),
-                nn.Linear(hidden, sizes.teacher_width, bias=False),
-            )
-            for _ in sizes.points
+            build_projector(config.projector, sizes.student_width, sizes.teacher_width) for _ in range(places)
         )
 
+    def compare(self, comparison: Comparison) -> Tensor:
+        """The loss of one step."""
+        student, teacher = self._samples(comparison)
+        if comparison.diagnose and self.target == "identity":
+            floor = correlation_floor(teacher.detach(), self.center, self.kappa, self.reduction)
+            comparison.note({"rsd/floor": floor})
+        return self(student, teacher)
+
+    def _samples(self, comparison: Comparison) -> tuple[Tensor, Tensor]:
+        """Student (M, B, N, D_s) and teacher (M, B, N, D_t); N = 1 where there is one sample an image."""
+        if self.samples == "tokens":
+            return comparison.student_tokens, comparison.target
+        if self.samples == "cls":
+            return comparison.student_cls.unsqueeze(2), comparison.target_cls.unsqueeze(2)
+        if self.samples == "mean_pool":
+            return comparison.student_tokens.mean(dim=2, keepdim=True), comparison.target.mean(dim=2, keepdim=True)
+        return comparison.student_features[None, :, None], comparison.teacher_features[None, :, None]
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """student (M, B, N, D_s) raw tokens, teacher (M, B, N, D_t) aligned tokens. Returns a scalar."""
+        """student (M, B, N, D_s) raw samples, teacher (M, B, N, D_t); B·N at least 2. Returns a scalar."""
         shape = student.shape[1:3]
         projected = torch.stack(
             [
@@ -78,8 +146,14 @@ class RSDLoss(nn.Module):
                 for project, tokens in zip(self.projectors, student, strict=True)
             ]
         )
+        assert projected.shape == teacher.shape, (projected.shape, teacher.shape)
         correlation = cross_correlation(projected, teacher, self.center)
+        goal = 1.0
+        if self.target == "teacher_correlation":
+            correlation = correlation - cross_correlation(teacher, teacher, self.center).detach()
+            goal = 0.0
         diagonal = correlation.diagonal(dim1=1, dim2=2)
-        on = (1 - diagonal).square().sum(dim=1)
+        on = (goal - diagonal).square().sum(dim=1)
         off = correlation.square().sum(dim=(1, 2)) - diagonal.square().sum(dim=1)
-        return ((on + self.kappa * off) / correlation.shape[-1]).mean()
+        total = on + self.kappa * off
+        return (total / correlation.shape[-1] if self.reduction == "per_dim" else total).mean()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from basd.components.selectors.fixed import proportional_layers
+from basd.components.selectors.depth import gaussian_prior
+from basd.components.selectors.learned import LearnedSelectorConfig
 from basd.components.sizes import Sizes
 from basd.components.spectrum import column_multiplicity, distinct_radii, equal_width_bands, radii, spatial_power
 from basd.models.teacher import TeacherOutput
@@ -18,12 +19,8 @@ KEY_WIDTH = 32
 
 
 @dataclass
-class AdaptiveSpectralConfig:
+class AdaptiveSpectralConfig(LearnedSelectorConfig):
     name: str = "adaptive_spectral"
-    temperature: float = field(default=1.0, metadata={"min": 1e-6})
-    # sparsify adds λ_e·H to the loss, spread adds λ_e·(1−H), H the entropy of α in [0, 1].
-    entropy: str = field(default="sparsify", metadata={"choices": ("sparsify", "spread", "none")})
-    entropy_weight: float = field(default=0.01, metadata={"min": 0.0})
 
     def build(self, sizes: Sizes) -> nn.Module:
         return AdaptiveSpectralSelector(self, sizes)
@@ -71,6 +68,11 @@ def _band_shares(power: Tensor, band: Tensor, bands: int) -> Tensor:
     return total / total.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
 
+def teacher_descriptors(teacher: TeacherOutput, bands: int) -> Tensor:
+    """Descriptors of the teacher's layers, (L, 2·bands + 2), computed once for the arms of a cohort."""
+    return teacher.shared(("descriptor", bands), lambda: spectral_descriptor(teacher.tokens, teacher.grid, bands))
+
+
 class AdaptiveSpectralSelector(nn.Module):
     """z_{m,l} = bias_{m,l} + ⟨W_q LN(d^s_m), W_k LN(d^t_l − mean_l d^t)⟩/√32; α = softmax(z/τ) over layers.
 
@@ -90,17 +92,12 @@ class AdaptiveSpectralSelector(nn.Module):
         self.query = nn.Linear(width, KEY_WIDTH, bias=False)
         self.key = nn.Linear(width, KEY_WIDTH, bias=False)
         nn.init.zeros_(self.query.weight)
-        deviation = sizes.teacher_depth / len(sizes.points)
-        layers = torch.arange(sizes.teacher_depth, dtype=torch.float32)
-        centers = torch.tensor(proportional_layers(sizes), dtype=torch.float32)
-        self.bias = nn.Parameter(-((layers - centers[:, None]) ** 2) / (2 * deviation**2))
+        self.bias = nn.Parameter(gaussian_prior(sizes))
 
     def forward(self, student: Tensor, teacher: TeacherOutput) -> Tensor:
         """student (M, B, N, D_s) tokens at the points. Returns α (M, L), rows sum to 1."""
         own = spectral_descriptor(student.detach(), self.student_grid, self.bands)
-        layers = teacher.shared(
-            ("descriptor", self.bands), lambda: spectral_descriptor(teacher.tokens, teacher.grid, self.bands)
-        )
+        layers = teacher_descriptors(teacher, self.bands)
         queries = self.query(self.student_norm(own))
         keys = self.key(self.teacher_norm(layers - layers.mean(dim=0)))
         logits = self.bias + queries @ keys.T / math.sqrt(KEY_WIDTH)
@@ -111,4 +108,6 @@ def normalized_entropy(alpha: Tensor) -> Tensor:
     """Entropy of each row of α over log L, in [0, 1]: (M, L) → (M,)."""
     if alpha.shape[-1] == 1:
         return alpha.new_zeros(alpha.shape[0])
-    return -torch.special.xlogy(alpha, alpha).sum(dim=-1) / math.log(alpha.shape[-1])
+    # a share that underflowed to 0 would have the gradient 0/0
+    positive = alpha.clamp_min(torch.finfo(alpha.dtype).tiny)
+    return -torch.special.xlogy(alpha, positive).sum(dim=-1) / math.log(alpha.shape[-1])

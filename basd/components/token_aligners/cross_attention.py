@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,11 @@ POSITION_GAIN = 4.0
 @dataclass
 class CrossAttentionConfig:
     name: str = "cross_attention"
-    # Whether the losses train P (joint) or leave it as it starts (detached).
+    # identity: the target is made of the teacher's own tokens; projected: of tokens that a trained map has changed.
+    values: str = field(default="identity", metadata={"choices": ("identity", "projected")})
+    # Whether the losses train P and the value map (joint) or leave them as they start (detached).
     gradient: str = field(default="joint", metadata={"choices": ("joint", "detached")})
+    student_mlp: ClassVar[bool] = False
 
     def build(self, sizes: Sizes) -> nn.Module:
         return CrossAttentionAligner(self, sizes)
@@ -64,11 +68,21 @@ def local_scale(query: Tensor, key: Tensor, target: Tensor) -> float:
     return best
 
 
+def local_start(sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Queries (N_s, D_t) and position keys (N_t, D_t), float64: softmax(q kᵀ) lies close to area-overlap resampling."""
+    cells = max(*sizes.student_grid, *sizes.teacher_grid)
+    key = position_code(sizes.teacher_grid, sizes.teacher_width, cells) * POSITION_GAIN
+    query = position_code(sizes.student_grid, sizes.teacher_width, cells)
+    scale = local_scale(query, key, row_resampling(sizes.student_grid, sizes.teacher_grid).double())
+    return query * scale, key
+
+
 class CrossAttentionAligner(nn.Module):
     """P = softmax(q_i · W(T_j + position_j)), output P·T: values are the teacher's own tokens; T is a LN0 mixture.
 
     Learned queries per student position (sin-cos start) and a key map W without bias per point (identity start); P
-    starts close to area-overlap resampling.
+    starts close to area-overlap resampling. With `values=projected` the output is LN0(P·T·V), V a value map without
+    bias per point (identity start): the losses can then make their own target easy, and it collapses.
     """
 
     position: Tensor
@@ -77,13 +91,12 @@ class CrossAttentionAligner(nn.Module):
         super().__init__()
         self.detached = config.gradient == "detached"
         points, width = len(sizes.points), sizes.teacher_width
-        cells = max(*sizes.student_grid, *sizes.teacher_grid)
-        key = position_code(sizes.teacher_grid, width, cells) * POSITION_GAIN
-        query = position_code(sizes.student_grid, width, cells)
-        scale = local_scale(query, key, row_resampling(sizes.student_grid, sizes.teacher_grid).double())
+        query, key = local_start(sizes)
         self.register_buffer("position", key.float(), persistent=False)
-        self.queries = nn.Parameter((query * scale).float().repeat(points, 1, 1))
+        self.queries = nn.Parameter(query.float().repeat(points, 1, 1))
         self.key_weight = nn.Parameter(torch.eye(width).repeat(points, 1, 1))
+        projected = config.values == "projected"
+        self.value_weight = nn.Parameter(torch.eye(width).repeat(points, 1, 1)) if projected else None
 
     def weights(self, tokens: Tensor) -> Tensor:
         """P (M, B, N_s, N_t), rows sum to 1, of layer-normalised mixtures tokens (M, B, N_t, D)."""
@@ -95,4 +108,10 @@ class CrossAttentionAligner(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(M, B, N_t, D) → (M, B, N_s, D)."""
         weights = self.weights(tokens)
-        return (weights.detach() if self.detached else weights) @ tokens
+        aligned = (weights.detach() if self.detached else weights) @ tokens
+        if self.value_weight is None:
+            return aligned
+        value_weight = self.value_weight.detach() if self.detached else self.value_weight
+        # V after P: the student's positions are as a rule fewer than the teacher's
+        projected = aligned @ value_weight.unsqueeze(1)
+        return F.layer_norm(projected, projected.shape[-1:])

@@ -1,4 +1,4 @@
-"""What a token aligner's P does, as numbers: a uniform or constant P must be visible."""
+"""What a token aligner does, as numbers: a uniform or constant P, and a collapsed value map, must be visible."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from basd.models.resampling import row_resampling
 
 
 @torch.no_grad()
-def aligner_diagnostics(weights: Tensor, tokens: Tensor, sizes: Sizes) -> dict[str, Tensor]:
-    """Per point, (M,): weights P (M|1, B|1, N_s, N_t), tokens T (M, B, N_t, D).
+def aligner_diagnostics(
+    weights: Tensor, tokens: Tensor, sizes: Sizes, aligned: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Per point, (M,): weights P (M|1, B|1, N_s, N_t), tokens T (M, B, N_t, D), aligned A (M, B, N_s, D).
 
-    input_variance_share: variance of P·T between images (at a position) over its total variance. spatial_variance_share:
-    variance of P·T across positions of an image over that of area-overlap resampling (a uniform P gives 0).
+    A is the aligner's output; without it P·T, which it is for every aligner without a value map.
+    input_variance_share: variance of A between images (at a position) over its total variance. spatial_variance_share:
+    variance of A across positions of an image over that of area-overlap resampling of T (a uniform P gives 0).
     row_entropy: entropy of P's rows over log N_t. effective_rank: exp of the entropy of the normalised singular values
     of the batch-mean P (Roy & Vetterli 2007), between 1 and N_s.
     """
     points = tokens.shape[0]
     weights = weights.float().expand(points, -1, -1, -1)
-    aligned = weights @ tokens.float()
+    aligned = weights @ tokens.float() if aligned is None else aligned.float()
     area = row_resampling(sizes.student_grid, sizes.teacher_grid).to(tokens.device) @ tokens.float()
     total = (aligned - aligned.mean(dim=(1, 2), keepdim=True)).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
     between = (aligned - aligned.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from basd.models.resampling import row_resampling
 @dataclass
 class InterpolateConfig:
     name: str = "interpolate"
+    student_mlp: ClassVar[bool] = False
 
     def build(self, sizes: Sizes) -> nn.Module:
         return Interpolate(sizes)

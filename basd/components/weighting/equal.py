@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from basd.components.sizes import Sizes
+from basd.components.weighting.base import SCALES, Active, Generators, Weighting
 
 
 @dataclass
 class EqualConfig:
     name: str = "equal"
+    # Unit of each loss: its first value (first), the mean of the first values (first_mean), 1 (none).
+    scale: str = field(default="none", metadata={"choices": SCALES})
 
-    def build(self, losses: Sequence[str]) -> nn.Module:
-        return EqualWeighting()
+    def build(self, losses: Sequence[str], sizes: Sizes) -> Weighting:
+        return EqualWeighting(losses, self.scale)
 
 
-class EqualWeighting(nn.Module):
-    def forward(self, losses: Mapping[str, Tensor], ramps: Mapping[str, float]) -> dict[str, Tensor]:
-        """Weights of the active losses, without gradient."""
-        return {name: torch.ones_like(value.detach()) for name, value in losses.items()}
+class EqualWeighting(Weighting):
+    def weigh(self, active: Active, step: int, generator: Generators | None) -> Tensor:
+        return torch.ones_like(active.values)

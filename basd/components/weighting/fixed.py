@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from basd.components.sizes import Sizes
+from basd.components.weighting.base import SCALES, Active, Generators, Weighting
 
 
 @dataclass
@@ -15,22 +17,25 @@ class FixedWeights:
     rel: float = field(default=1.0, metadata={"min": 0.0})
     attn: float = field(default=1.0, metadata={"min": 0.0})
     spectral: float = field(default=1.0, metadata={"min": 0.0})
+    logit: float = field(default=1.0, metadata={"min": 0.0})
+    feature: float = field(default=1.0, metadata={"min": 0.0})
 
 
 @dataclass
 class FixedConfig:
     name: str = "fixed"
     weights: FixedWeights = field(default_factory=FixedWeights)
+    # Unit of each loss: its first value (first), the mean of the first values (first_mean), 1 (none).
+    scale: str = field(default="none", metadata={"choices": SCALES})
 
-    def build(self, losses: Sequence[str]) -> nn.Module:
-        return FixedWeighting({name: getattr(self.weights, name) for name in losses})
+    def build(self, losses: Sequence[str], sizes: Sizes) -> Weighting:
+        return FixedWeighting(self, losses)
 
 
-class FixedWeighting(nn.Module):
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        super().__init__()
-        self.weights = dict(weights)
+class FixedWeighting(Weighting):
+    def __init__(self, config: FixedConfig, losses: Sequence[str]) -> None:
+        super().__init__(losses, config.scale)
+        self.weights = {name: getattr(config.weights, name) for name in losses}
 
-    def forward(self, losses: Mapping[str, Tensor], ramps: Mapping[str, float]) -> dict[str, Tensor]:
-        """Weights of the active losses, without gradient."""
-        return {name: torch.full_like(value.detach(), self.weights[name]) for name, value in losses.items()}
+    def weigh(self, active: Active, step: int, generator: Generators | None) -> Tensor:
+        return active.values.new_tensor([self.weights[name] for name in active.names])

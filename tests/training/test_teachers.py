@@ -1,0 +1,304 @@
+"""A teacher's head: its own, or a linear probe fitted once and cached."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from basd.data import DATASETS
+from basd.data.digits import DigitsConfig
+from basd.data.images import ImageSet, Splits
+from basd.data.views import eval_view, normalize
+from basd.errors import UserError
+from basd.models.teacher import DigitsViTConfig, Teacher, TimmTeacherConfig
+from basd.training import probes, teachers
+from basd.training import random_streams as streams
+from basd.training.probes import L2_STRENGTHS, logistic_regression
+from basd.training.teachers import PreparedTeacher, head_facts, prepare_head, prepare_teacher, weights_fingerprint
+
+CLASSES = 3
+CONFIG = TimmTeacherConfig(model="test_vit", image_size=32, weights="random")
+DATA = DigitsConfig()
+STRENGTHS = L2_STRENGTHS[:3]
+
+
+def labelled(seed: int, count: int) -> ImageSet:
+    """Noisy images whose brightness and top-bottom contrast say the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (count,), generator=generator)
+    images = 100 + 40 * torch.randn(count, 3, 40, 32, generator=generator)
+    images += 12 * (labels == 1).view(-1, 1, 1, 1)
+    images[:, :, :20] += 15 * (labels == 2).view(-1, 1, 1, 1)
+    return ImageSet(images.clamp(0, 255).to(torch.uint8), labels, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return Splits(labelled(0, 150), labelled(1, 70), labelled(2, 40))
+
+
+@pytest.fixture(scope="module")
+def prepared(splits: Splits) -> PreparedTeacher:
+    return prepare_teacher(CONFIG, DATA, splits)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BASD_CACHE", str(tmp_path))
+    # the weak ones take longest, and are tested by themselves
+    for module in (probes, teachers):
+        monkeypatch.setattr(module, "L2_STRENGTHS", STRENGTHS)
+    return tmp_path
+
+
+def relabelled(splits: Splits, part: str, labels: Any) -> Splits:
+    return splits._replace(**{part: dataclasses.replace(getattr(splits, part), labels=labels)})
+
+
+# -- own heads ---------------------------------------------------------------------------------------------------------
+
+
+def test_fingerprints_without_a_head_are_those_of_the_bare_model(prepared: PreparedTeacher) -> None:
+    with streams.isolated(0, "teacher_init"):
+        bare = timm.create_model("test_vit", pretrained=False, img_size=32, num_classes=0)
+    assert prepared.fingerprint == weights_fingerprint(bare)
+
+
+def test_own_head_of_the_digits_teacher(cache: Path) -> None:
+    config = DigitsViTConfig(epochs=1, width=12, depth=1, heads=2, batch_size=400)
+    data = DATASETS["digits"]()
+    splits = teachers_splits = Splits(*(labelled_digits(count) for count in (400, 20, 20)))
+    made = prepare_teacher(config, data, splits)
+    head = prepare_head(made, config, data, teachers_splits)
+    x = torch.randn(4, 3, 40, 40)
+    out = Teacher(made.model, head=head)(x)
+    with torch.no_grad():
+        assert torch.equal(out.logits, made.model(x))
+    facts = head_facts(made, config, data, splits)
+    assert (facts.kind, facts.validation_top1, facts.test_top1) == ("own", made.validation_top1, made.test_top1)
+    assert facts.fingerprint == weights_fingerprint(made.model.head) and facts.path is None
+    assert facts.description.startswith("own head, validation top-1 ")
+    assert not (cache / "probes").exists()
+    # a teacher of a file has its head too
+    again = prepare_teacher(dataclasses.replace(config, weights=str(made.path)), data, splits)
+    assert torch.equal(prepare_head(again, config, data, splits)(out.features), out.logits)
+    assert "not measured" in head_facts(again, config, data, splits).description
+
+
+def labelled_digits(count: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 3, 40, 40), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 10, 10)
+
+
+def test_own_head_is_frozen_and_apart_from_the_model(splits: Splits) -> None:
+    thousand = Splits(*(dataclasses.replace(part, classes=1000) for part in splits))
+    made = prepare_teacher(CONFIG, DATA, thousand)
+    head = prepare_head(made, CONFIG, DATA, thousand)
+    assert not head.training and not any(p.requires_grad for p in head.parameters())
+    made.model.bfloat16()
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
+    assert head_facts(made, CONFIG, DATA, thousand).kind == "own"
+
+
+def test_own_head_of_other_classes_is_refused(splits: Splits) -> None:
+    with pytest.raises(UserError, match=r"teacher\.head=probe"):
+        prepare_teacher(dataclasses.replace(CONFIG, head="own"), DATA, splits)
+
+
+# -- the regression ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("l2", L2_STRENGTHS)
+def test_regression_is_the_unique_minimum(l2: float) -> None:
+    """Against scikit-learn, whose C weighs the sum of losses: C = 1/(n·l2)."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    labels = ((features[:, 0] > 0).long() + (features[:, 1] + torch.randn(60, generator=generator) > 0.5)).long()
+    got = logistic_regression(features, labels, 3, l2)
+    reference = LogisticRegression(C=1 / (60 * l2), tol=1e-10, max_iter=10_000).fit(features.numpy(), labels.numpy())
+    expected = torch.from_numpy(reference.predict_proba(features.numpy()))
+    torch.testing.assert_close((features @ got.weight.T + got.bias).softmax(1), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got.weight, torch.from_numpy(reference.coef_), rtol=1e-2, atol=1e-3)
+    start = logistic_regression(features, labels, 3, 10 * l2)
+    warm = logistic_regression(features, labels, 3, l2, start)
+    torch.testing.assert_close(warm.weight, got.weight, rtol=1e-2, atol=1e-3)
+
+
+def test_separable_classes_and_a_class_without_images_stay_finite() -> None:
+    features = torch.tensor([[-1.0], [-2.0], [1.0], [2.0]])
+    got = logistic_regression(features, torch.tensor([0, 0, 1, 1]), 3, L2_STRENGTHS[-1])
+    assert got.weight.isfinite().all() and got.bias.isfinite().all()
+    logits = features.double() @ got.weight.T + got.bias
+    assert logits.argmax(1).tolist() == [0, 0, 1, 1] and (logits[:, 2] < logits.amax(1) - 3).all()
+
+
+# -- the probe ---------------------------------------------------------------------------------------------------------
+
+
+def features_of(prepared: PreparedTeacher, part: ImageSet) -> Tensor:
+    with torch.no_grad():
+        x = normalize(eval_view(part.images, CONFIG.image_size), CONFIG.mean, CONFIG.std)
+        return prepared.model.forward_features(x)[:, 0].double()
+
+
+def test_probe_is_the_best_regression_on_standardised_features(prepared: PreparedTeacher, splits: Splits) -> None:
+    head = prepare_head(prepared, CONFIG, DATA, splits)
+    train, validation = features_of(prepared, splits.train).numpy(), features_of(prepared, splits.validation).numpy()
+    mean, std = train.mean(0), train.std(0)
+    losses, chosen = {}, {}
+    for l2 in STRENGTHS:
+        model = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, max_iter=20_000)
+        model.fit((train - mean) / std, splits.train.labels.numpy())
+        probabilities = model.predict_proba((validation - mean) / std)
+        losses[l2] = -numpy.log(probabilities[range(len(validation)), splits.validation.labels.numpy()]).mean()
+        chosen[l2] = probabilities
+    best = min(losses, key=lambda l2: losses[l2])
+    facts = head_facts(prepared, CONFIG, DATA, splits)
+    assert facts.l2 == best and facts.kind == "probe"
+    got = head(torch.from_numpy(validation).float()).softmax(1)
+    torch.testing.assert_close(got.double(), torch.from_numpy(chosen[best]), rtol=1e-3, atol=1e-3)
+    # it learned something, and not everything
+    assert losses[best] < 0.9 * numpy.log(CLASSES)
+    assert len({round(value, 3) for value in losses.values()}) > 1
+
+
+def test_reported_accuracies_are_those_of_the_teachers_logits(prepared: PreparedTeacher, splits: Splits) -> None:
+    facts = head_facts(prepared, CONFIG, DATA, splits)
+    teacher = Teacher(prepared.model, head=prepare_head(prepared, CONFIG, DATA, splits))
+    for part, said in ((splits.validation, facts.validation_top1), (splits.test, facts.test_top1)):
+        x = normalize(eval_view(part.images, CONFIG.image_size), CONFIG.mean, CONFIG.std)
+        hits = teacher(x).logits.argmax(1) == part.labels
+        assert said == pytest.approx(float(hits.double().mean()))
+    assert f"L2 {facts.l2:g}, validation top-1 {100 * facts.validation_top1:.2f} %" in facts.description  # type: ignore[operator]
+
+
+def test_probe_is_fitted_once_and_cached(
+    prepared: PreparedTeacher, splits: Splits, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[int, int]] = []
+    before = torch.get_rng_state()
+    first = prepare_head(prepared, CONFIG, DATA, splits, lambda *step: steps.append(step))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not first.training and not any(p.requires_grad for p in first.parameters())
+    total = steps[-1][1]
+    assert steps == [(i + 1, total) for i in range(total)]
+    monkeypatch.setattr(teachers, "fit_probe", lambda *_: pytest.fail("fitted again"))
+    again = prepare_head(prepared, CONFIG, DATA, splits)
+    facts = head_facts(prepared, CONFIG, DATA, splits)
+    assert not facts.fitted_now and facts.path is not None and facts.path.parent == cache / "probes"
+    assert {path.suffix for path in facts.path.parent.iterdir()} == {".safetensors", ".json", ".lock"}
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]) and torch.equal(value, load_file(facts.path)[name])
+    assert facts.fingerprint == weights_fingerprint(first)
+
+
+def test_a_probe_is_the_same_bits_again(
+    prepared: PreparedTeacher, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = head_facts(prepared, CONFIG, DATA, splits)
+    monkeypatch.setenv("BASD_CACHE", str(tmp_path / "other"))
+    torch.manual_seed(5)
+    again = head_facts(prepared, CONFIG, DATA, splits)
+    assert first.fitted_now and again.fitted_now
+    assert first.fingerprint == again.fingerprint and first.path != again.path
+
+
+def test_other_teachers_data_and_views_have_probes_of_their_own(prepared: PreparedTeacher, splits: Splits) -> None:
+    larger = dataclasses.replace(CONFIG, image_size=48)
+    brighter = dataclasses.replace(CONFIG, mean=[0.3, 0.3, 0.3])
+    moved = relabelled(splits, "train", (splits.train.labels + 1) % CLASSES)
+    other = dataclasses.replace(prepared, fingerprint="0" * 16)
+    facts = [
+        head_facts(prepared, CONFIG, DATA, splits),
+        head_facts(prepare_teacher(larger, DATA, splits), larger, DATA, splits),
+        head_facts(prepared, brighter, DATA, splits),
+        head_facts(prepared, CONFIG, DATA, moved),
+        head_facts(other, CONFIG, DATA, splits),
+    ]
+    assert len({fact.path for fact in facts}) == len(facts)
+    assert all(fact.fitted_now for fact in facts)
+    # the same weights on the same data: the same probe
+    assert len({fact.fingerprint for fact in facts}) == len(facts) - 1
+
+
+def test_processes_that_ask_together_fit_one_probe(prepared: PreparedTeacher, splits: Splits) -> None:
+    # each opens the lock's file for itself, as processes do
+    with ThreadPoolExecutor(4) as pool:
+        facts = list(pool.map(lambda _: head_facts(prepared, CONFIG, DATA, splits), range(4)))
+    assert sorted(fact.fitted_now for fact in facts) == [False, False, False, True]
+    assert len({fact.fingerprint for fact in facts}) == 1
+
+
+def test_the_model_comes_back_as_it_was(prepared: PreparedTeacher, splits: Splits) -> None:
+    before = weights_fingerprint(prepared.model)
+    prepare_head(prepared, CONFIG, DATA, splits)
+    assert weights_fingerprint(prepared.model) == before == prepared.fingerprint
+    assert next(prepared.model.parameters()).device.type == "cpu" and not prepared.model.training
+
+
+def test_features_that_do_not_vary_do_no_harm(
+    prepared: PreparedTeacher, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = probes._features
+
+    def with_a_constant(*arguments: Any) -> Tensor:
+        return F.pad(real(*arguments)[:, 1:], (1, 0), value=0.3)
+
+    plain = prepare_head(prepared, CONFIG, DATA, splits)
+    monkeypatch.setattr(probes, "_features", with_a_constant)
+    other = dataclasses.replace(prepared, fingerprint="1" * 16)
+    head: Any = prepare_head(other, CONFIG, DATA, splits)
+    assert head.weight.isfinite().all() and head.weight[:, 0].abs().max() < 1e-6
+    assert head.weight.shape == plain.state_dict()["weight"].shape
+
+
+@pytest.mark.parametrize("part", Splits._fields)
+def test_data_without_labels_is_one_sentence(prepared: PreparedTeacher, splits: Splits, part: str) -> None:
+    holes = getattr(splits, part).labels.clone()
+    holes[3] = -1
+    for labels in (None, holes, holes[:0]):
+        with pytest.raises(UserError, match=f"needs labels, but the {part} split") as caught:
+            prepare_head(prepared, CONFIG, DATA, relabelled(splits, part, labels))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "said"), [(".safetensors", "linear probe"), (".json", "is damaged; remove it")])
+def test_a_damaged_cache_is_one_sentence(prepared: PreparedTeacher, splits: Splits, suffix: str, said: str) -> None:
+    facts = head_facts(prepared, CONFIG, DATA, splits)
+    assert facts.path is not None
+    damaged = facts.path.with_suffix(suffix)
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    with pytest.raises(UserError, match=said) as caught:
+        prepare_head(prepared, CONFIG, DATA, splits)
+    assert "\n" not in str(caught.value) and str(damaged) in str(caught.value)
+    damaged.unlink()
+    assert head_facts(prepared, CONFIG, DATA, splits).fingerprint == facts.fingerprint
+
+
+def test_an_unwritable_cache_is_one_sentence(
+    prepared: PreparedTeacher, splits: Splits, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache / "file").write_text("in the way")
+    monkeypatch.setenv("BASD_CACHE", str(cache / "file"))
+    with pytest.raises(UserError, match="set BASD_CACHE"):
+        prepare_head(prepared, CONFIG, DATA, splits)
+
+
+def test_features_that_are_not_finite_are_one_sentence(splits: Splits) -> None:
+    made = prepare_teacher(CONFIG, DATA, splits)
+    with torch.no_grad():
+        made.model.norm.bias[0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        prepare_head(dataclasses.replace(made, fingerprint="2" * 16), CONFIG, DATA, splits)
