@@ -42,11 +42,12 @@ def parser() -> argparse.ArgumentParser:
     grid = command("grid", "train what a table lacks and print it; run it again after any interruption")
     worker = command("worker", "one more worker on a table's ledger")
     status = command("status", "how far the tables are, and the time left")
+    audit = command("audit", "whether ledger, journals and MLflow agree on every arm, and which code trained it")
     sync = command("sync", "send MLflow what it does not have yet")
     report = command("report", "write a table again from the runs")
     teacher = command("teacher", "fit or check the teacher")
     doctor = command("doctor", "versions, devices, data, teacher, tracking and ledger")
-    for one in (plan, grid, worker, sync):
+    for one in (plan, grid, worker, audit, sync):
         one.add_argument("name", help="an ablation: a file of experiments/ without .yaml")
     status.add_argument("name", nargs="?", help="an ablation; all of them without it")
     report.add_argument("name", nargs="?", help="an ablation")
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--allow-mixed-code", action="store_true", help="print a table whose arms are of several code versions"
         )
-    for one in (train, plan, grid, worker, status, sync, report, teacher, doctor):
+    for one in (train, plan, grid, worker, status, audit, sync, report, teacher, doctor):
         one.add_argument("overrides", nargs="*", help=OVERRIDES_HELP)
     return root
 
@@ -330,6 +331,40 @@ def status(given: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def audit(given: argparse.Namespace, overrides: list[str]) -> int:
+    from basd.grid.audit import audit_plan, options_of, print_audit
+    from basd.grid.plan import Plan
+    from basd.grid.status import newest_plans
+
+    setting, config = _run_sections(overrides)
+    screen = console(given.quiet)
+    directory = Path(config.runtime.directory)
+    paths = newest_plans(directory, given.name, setting)
+    if not paths:
+        held = ", ".join(path.parent.parent.name for path in newest_plans(directory, given.name, None))
+        if held:
+            raise UserError(f"{setting} holds no plan of {given.name}; choose another with setting=… ({held}).")
+        from basd.grid.ablations import load_ablation
+
+        load_ablation(given.name)
+        raise UserError(f"nothing was planned here for {given.name}; run basd grid {given.name} first.")
+    said = {text.partition("=")[0] for text in overrides}
+    in_order = True
+    for path in paths:
+        try:
+            made = Plan.load(path)
+            found = audit_plan(made, options_of(made, path, config, said))
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            in_order = False
+            print(f"basd: {path}: {error}", file=sys.stderr)
+            continue
+        print_audit(found, screen)
+        in_order = in_order and found.in_order
+    return 0 if in_order else 1
+
+
 def worker(given: argparse.Namespace, overrides: list[str]) -> int:
     from basd.grid.worker import log_name, work_on
 
@@ -371,6 +406,12 @@ def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
     screen.print(f"{config.teacher.name}: {shape}, {prepared.accuracy}, weights {prepared.fingerprint}", markup=False)
     if prepared.path is not None:
         screen.print(f"{'Fitted and cached' if prepared.fitted_now else 'Cached'}: {prepared.path}", markup=False)
+    if config.demands.logits and config.teacher.name != "digits_vit":
+        from basd.data import load
+        from basd.training.teachers import head_facts
+
+        facts = head_facts(prepared, config.teacher, config.data, load(config.data))
+        screen.print(f"Logits: {facts.description}" + (f", {facts.path}" if facts.path else ""), markup=False)
     return 0
 
 
@@ -386,6 +427,7 @@ COMMANDS = {
     "grid": grid,
     "worker": worker,
     "status": status,
+    "audit": audit,
     "sync": sync,
     "report": report,
     "teacher": teacher,

@@ -311,5 +311,5 @@ def test_doctor_and_teacher(cache: Path, grid, tmp_path: Path, monkeypatch: pyte
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     said = capsys.readouterr().out
-    for command in ("train", "plan", "grid", "worker", "status", "sync", "report", "teacher", "doctor"):
+    for command in ("train", "plan", "grid", "worker", "status", "audit", "sync", "report", "teacher", "doctor"):
         assert command in said

@@ -119,6 +119,22 @@ class Ledger:
             states = self._states()
         return states if keys is None else {key: states[key] for key in keys if key in states}
 
+    def completions(self) -> dict[str, dict[int, Mapping[str, float]]] | None:
+        """Every complete trial: arm key -> number -> metrics. None: the ledger knows no such setting, and is not told of it."""
+        from optuna.trial import TrialState
+
+        found: dict[str, dict[int, Mapping[str, float]]] = {}
+        with self._database.errors():
+            storage = self._database.storage
+            try:
+                study = storage.get_study_id_from_name(self.setting)
+            except KeyError:
+                return None
+            for trial in storage.get_all_trials(study, deepcopy=False, states=(TrialState.COMPLETE,)):
+                key = trial.user_attrs.get("arm_key", "")
+                found.setdefault(key, {})[trial.number] = trial.user_attrs.get("metrics", {})
+        return found
+
     # Working
 
     def claim(self, keys: Sequence[str], limit: int, *, workers: int = 1) -> list[str]:
