@@ -275,6 +275,9 @@ def normalized(config: Config) -> dict[str, Any]:
         values["student"]["points"] = list(config.points)
     else:
         del values["student"]["points"]
+    if wants.token_aligner and not wants.projections and config.token_aligner.student_mlp:
+        # nothing reads the student's MLP, and the teacher's side is that of `interpolate`
+        values["token_aligner"]["name"] = "interpolate"
     if wants.maps and len(config.points) == 1:
         # the heads of all points are those of the point
         values["head_aligner"].pop("stack", None)

@@ -199,10 +199,8 @@ class Objective(nn.Module):
             total = self.config.ce_weight * ce
             parts: dict[str, Tensor | float] = {"train/ce": ce.detach()}
             ramps = {name: self._ramp(name, step) for name in self.enabled}
-            active = [name for name in self.enabled if ramps[name] > 0]
             parts.update({f"ramp/{name}": ramps[name] for name in self.enabled})
-            if mix is not None and self.mixing_targets == "skip":
-                active = []
+            active = self.active(mix, step)
             if active:
                 assert teacher is not None
                 comparison = Comparison(
@@ -220,6 +218,12 @@ class Objective(nn.Module):
                 total = total + self._distillation(comparison, active, ramps, parts)
             parts["train/loss"] = total.detach()
         return ObjectiveOutput(total, parts)
+
+    def active(self, mix: Mix | None, step: int) -> list[str]:
+        """The losses that are computed at this step: on, ramp above 0, and not left out with the batch (`skip`)."""
+        if mix is not None and self.mixing_targets == "skip":
+            return []
+        return [name for name in self.enabled if self._ramp(name, step) > 0]
 
     def _distillation(
         self, comparison: Comparison, active: list[str], ramps: dict[str, float], parts: dict[str, Tensor | float]
@@ -279,8 +283,12 @@ class Objective(nn.Module):
         return any(ramp(name, step) > 0 and ramp(name, step - 1) == 0 for name in self.enabled)
 
     def layer_shares(self) -> Tensor | None:
-        """α of the last step, (M, L), or None before the first one."""
+        """α of the last step that read it, (M, L); None before the first one."""
         return self._shares
+
+    def set_layer_shares(self, shares: Tensor | None) -> None:
+        """Go on with this α, as a checkpoint kept it; None where an epoch begins."""
+        self._shares = shares
 
     def decayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay applies to: weights of Linear layers of losses and projections.

@@ -15,6 +15,7 @@ from basd.errors import UserError
 from basd.training.cohort import train_cohort
 
 MakeArm = Callable[..., FrozenArm]
+RSD_ALONE = ["losses.rel.enabled=false", "losses.attn.enabled=false", "losses.spectral.enabled=false"]
 
 
 def key_of(*overrides: str) -> str:
@@ -232,6 +233,10 @@ def test_fields_without_effect_are_reported() -> None:
         (["method=layer_matching", "weighting=dwa"], ["method=layer_matching", "weighting=equal"]),
         (["warmup=none", "weighting.order=ramp_then_weights"], ["warmup=none"]),
         (["student.points=1", "head_aligner.stack=all"], ["student.points=1"]),
+        (
+            [*RSD_ALONE, "token_aligner=student_projection"],
+            [*RSD_ALONE, "token_aligner=interpolate"],
+        ),
     ],
 )
 def test_folded_arms_train_to_the_same_bits(

@@ -167,6 +167,12 @@ def resume(
     return recorders
 
 
+def history_of(directory: Path) -> str | None:
+    """The selector's history as it was exported; None for an arm without a selector."""
+    path = directory / "artifacts" / "selector_history.csv"
+    return path.read_text() if path.exists() else None
+
+
 def folder(name: str) -> str:
     return str(list(TOGGLES).index(name))
 
@@ -197,6 +203,7 @@ def resumed(runs: Runs) -> dict[str, MemoryRecorder]:
 def test_resume_bit_for_bit(name: str, runs: Runs, resumed: dict[str, MemoryRecorder]) -> None:
     assert resumed[name].results == runs.cohort[name].results
     assert same_bits(state_of(runs.root / "resumed" / folder(name)), state_of(runs.root / "cohort" / folder(name)))
+    assert history_of(runs.root / "resumed" / folder(name)) == history_of(runs.root / "cohort" / folder(name))
 
 
 @pytest.mark.slow
@@ -205,6 +212,7 @@ def test_cohort_equals_solo(name: str, runs: Runs) -> None:
     solo = train({name: runs.arms[name]}, runs.root / "solo")
     assert solo[name].results == runs.cohort[name].results
     assert same_bits(state_of(runs.root / "solo" / folder(name)), state_of(runs.root / "cohort" / folder(name)))
+    assert history_of(runs.root / "solo" / folder(name)) == history_of(runs.root / "cohort" / folder(name))
 
 
 def test_rows_start_from_the_same_student_and_export_nothing_else(runs: Runs, bench: Callable[..., Bench]) -> None:

@@ -93,7 +93,7 @@ def measure(arms: Sequence[FrozenArm]) -> Probe:
         structures.setdefault(structure_of(arm), {}).setdefault(arm.configuration_key, arm)
     costs: dict[str, Costs] = {}
     failed: dict[str, str] = {}
-    with _quiet(), streams.isolated(0, "probe"), tempfile.TemporaryDirectory(prefix="basd-probe-") as folder:
+    with _quiet(), streams.isolated(0, streams.PROBE), tempfile.TemporaryDirectory(prefix="basd-probe-") as folder:
         for structure, distinct in structures.items():
             waiting = list(distinct.values())
             while waiting and structure not in costs:

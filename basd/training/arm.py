@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from basd.components.comparison import TwoViews
+from basd.components.comparison import TWO_VIEWS, TwoViews
 from basd.components.sizes import Sizes
 from basd.config import Config
 from basd.data.images import ImageSet
@@ -51,7 +51,7 @@ class TrainingArm:
         self.total_steps = parse_duration(recipe.duration, steps_per_epoch)
         self.warmup_steps = parse_duration(recipe.lr_warmup, steps_per_epoch, self.total_steps)
         self.step = 0
-        # α at each epoch's end, (M, L) as lists: the selector's history
+        # the last α of each epoch that has one, (M, L) as lists: the selector's history
         self.selector_history: list[dict[str, Any]] = []
         with streams.isolated(config.seed, streams.STUDENT_INIT):
             self.student = build_student(config.student, classes).to(device)
@@ -117,7 +117,7 @@ class TrainingArm:
         self.objective.train()
         with streams.isolated(self.config.seed, streams.ARM_STEP, batch.epoch, batch.step):
             student: StudentOutput = self.tapped(images)
-            seen, views = self._teacher_side(batch, teacher)
+            seen, views = self._teacher_side(batch, teacher, self.objective.active(mix, self.step))
             diagnose = self.step == 0 or epoch_ends
             output = self.objective(student, seen, targets, mix, self.step, batch.generator, diagnose, views)
             if not math.isfinite(float(output.total.detach())):
@@ -138,15 +138,15 @@ class TrainingArm:
         return parts
 
     def _teacher_side(
-        self, batch: StepBatch, teacher: TeacherViews | None
+        self, batch: StepBatch, teacher: TeacherViews | None, active: list[str]
     ) -> tuple[TeacherOutput | None, TwoViews | None]:
-        """What the teacher saw, and the second view of both models where a loss reads it."""
-        if not self.objective.demands.teacher:
+        """What the teacher saw, and the second view of both models, where an active loss reads them."""
+        if not active:
             return None, None
         assert teacher is not None
         mixed = getattr(self.config.mixing, "targets", None) == "same_input"
         seen = teacher.mixed(self.config) if mixed else teacher.clean()
-        if not self.objective.demands.two_views:
+        if not any(TWO_VIEWS in getattr(self.config.losses, name).reads for name in active):
             return seen, None
         real = self.tapped(batch.real_images(self.config)).logits
         return seen, TwoViews(real, teacher.virtual(self.config))
@@ -155,6 +155,8 @@ class TrainingArm:
         shares = self.objective.layer_shares()
         if shares is not None:
             self.selector_history.append({"step": self.step, "alpha": shares.tolist()})
+            # an epoch without an active loss has no α to write
+            self.objective.set_layer_shares(None)
 
     def evaluate(self, images: ImageSet, split: str) -> dict[str, float]:
         """`<split>/top1`, `/top5`, `/nll`, `/ece` of the student as it is now."""
@@ -177,6 +179,7 @@ class TrainingArm:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "selector_history": self.selector_history,
+            "layer_shares": self.objective.layer_shares(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -184,6 +187,7 @@ class TrainingArm:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.selector_history = list(state["selector_history"])
+        self.objective.set_layer_shares(state.get("layer_shares"))
         self.step = int(state["step"])
 
     def export(self, directory: Path) -> None:

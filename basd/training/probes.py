@@ -27,7 +27,8 @@ class Probe(NamedTuple):
     head: nn.Linear
     l2: float
     validation_top1: float
-    test_top1: float
+    # None where test images have no labels
+    test_top1: float | None
 
 
 class _Regression(NamedTuple):
@@ -40,11 +41,15 @@ def empty_probe(features: int, classes: int) -> nn.Linear:
     return nn.utils.skip_init(nn.Linear, features, classes).eval().requires_grad_(False)
 
 
+def lacks_labels(part: ImageSet) -> bool:
+    labels = getattr(part, "labels", None)
+    return labels is None or len(labels) == 0 or bool((labels < 0).any())
+
+
 def check_labels(splits: Splits) -> None:
-    """`UserError` unless every image of every split has a label."""
-    for name, part in zip(Splits._fields, splits, strict=True):
-        labels = getattr(part, "labels", None)
-        if labels is None or len(labels) == 0 or bool((labels < 0).any()):
+    """`UserError` unless every image that the probe is fitted or chosen on has a label; the test split needs none."""
+    for name in ("train", "validation"):
+        if lacks_labels(getattr(splits, name)):
             raise UserError(
                 f"a linear probe as the teacher's head needs labels, but the {name} split lacks some; choose a teacher with "
                 "a head of its own (teacher.head=own), or a method without the teacher's logits."
@@ -61,7 +66,8 @@ def fit_probe(
     """Fit a probe on the clean evaluation view of the training split; the model comes back as it was, on its device.
 
     The strength of L2 with the least negative log-likelihood on the validation split is chosen: the probabilities are what
-    is distilled, and accuracies of few images tie. The test split is scored once, with that. No random numbers.
+    is distilled, and accuracies of few images tie. The test split is scored once, with that, if it has labels. No random
+    numbers.
     """
     check_labels(splits)
     home = next(model.parameters()).device
@@ -101,7 +107,8 @@ def fit_probe(
     def top1(features: Tensor, part: ImageSet) -> float:
         return classification_metrics(head(features.float()), part.labels)["top1"]
 
-    return Probe(head, l2, top1(validation, splits.validation), top1(test, splits.test))
+    test_top1 = None if lacks_labels(splits.test) else top1(test, splits.test)
+    return Probe(head, l2, top1(validation, splits.validation), test_top1)
 
 
 @torch.no_grad()

@@ -19,6 +19,10 @@ ARM_STEP = "arm_step"
 STUDENT_INIT = "student_init"
 COMPONENT_INIT = "component_init"
 TEACHER_FIT = "teacher_fit"
+TEACHER_INIT = "teacher_init"
+TEACHER_ORDER = "teacher_order"
+TEACHER_VIEW = "teacher_view"
+PROBE = "probe"
 
 
 def stream_seed(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> int:

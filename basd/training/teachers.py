@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -28,11 +28,14 @@ from basd.errors import UserError
 from basd.evaluation.classification import classification_metrics, predict
 from basd.models.teacher import DigitsViTConfig, build_digits_vit, build_timm_teacher
 from basd.training import random_streams as streams
+from basd.training.checkpoint import sync_directory
 from basd.training.probes import L2_STRENGTHS, check_labels, empty_probe, fit_probe
 from basd.training.recipe import learning_rate
 
 # the splits that a fitted teacher is scored on; its settings are chosen on the first
 _SCORED = ("validation", "test")
+# what is kept beside cached weights: figures, None where one was not measured, and the weights' fingerprint
+Facts = dict[str, Any]
 
 
 @dataclass
@@ -108,7 +111,7 @@ def prepare_teacher(
     """
     if isinstance(teacher, DigitsViTConfig):
         return _digits_vit(teacher, data, splits, progress)
-    with streams.isolated(0, "teacher_init"):
+    with streams.isolated(0, streams.TEACHER_INIT):
         model = build_timm_teacher(teacher, splits.train.classes)
     return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, None)
 
@@ -136,11 +139,11 @@ def _digits_vit(
         return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, Path(config.weights))
     path = _cache_path(config, data, splits)
 
-    def fit() -> dict[str, float]:
+    def fit() -> Facts:
         fit_classifier(model, config, data, splits.train, progress)
         return {f"{part}_top1": top1(model, config, data, getattr(splits, part)) for part in _SCORED}
 
-    facts, fitted_now = _fitted_once(path, model, fit)
+    facts, fitted_now = _fitted_once(path, model, fit, ("validation_top1",))
     validation, test = (facts.get(f"{part}_top1") for part in _SCORED)
     return PreparedTeacher(model.eval(), weights_fingerprint(model), validation, test, path, fitted_now)
 
@@ -196,45 +199,74 @@ def _head(
     path = cache_directory() / "probes" / f"{teacher.architecture}-{key}.safetensors"
     head = empty_probe(model.num_features, splits.train.classes)
 
-    def fit() -> dict[str, float]:
+    def fit() -> Facts:
         probe = fit_probe(model, splits, teacher.image_size, statistics, progress)
         head.load_state_dict(probe.head.state_dict())
         return {"l2": probe.l2, "validation_top1": probe.validation_top1, "test_top1": probe.test_top1}
 
-    facts, fitted_now = _fitted_once(path, head, fit)
+    facts, fitted_now = _fitted_once(path, head, fit, ("l2", "validation_top1"))
     scores = (facts.get("validation_top1"), facts.get("test_top1"))
-    return head, HeadFacts("probe", weights_fingerprint(head), *scores, facts.get("l2"), path, fitted_now)
+    return head, HeadFacts("probe", weights_fingerprint(head), *scores, facts["l2"], path, fitted_now)
 
 
-def _fitted_once(path: Path, module: nn.Module, fit: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
+def _fitted_once(
+    path: Path, module: nn.Module, fit: Callable[[], Facts], figures: tuple[str, ...]
+) -> tuple[Facts, bool]:
     """Weights of `module` from the cache, or from `fit()`, which sets them in place and returns facts to keep beside them.
 
-    Processes that ask at the same time wait for the one that fits. Returns the facts and whether this call fitted.
+    Processes that ask at the same time wait for the one that fits. `figures`: the facts that must be numbers. Returns the
+    facts and whether this call fitted.
     """
-    folder, facts = path.parent, path.with_suffix(".json")
+    folder, beside = path.parent, path.with_suffix(".json")
     try:
+        # both are renamed into place, so what is there is whole: no lock, and a cache that is only readable serves
+        if path.exists() and beside.exists():
+            return _cached(path, module, figures), False
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            fitted_now = not (path.exists() and facts.exists())
-            if fitted_now:
-                found = fit()
-                fresh = path.with_suffix(".tmp")
-                save_file(module.state_dict(), fresh)
-                os.replace(fresh, path)
-                said = facts.with_suffix(".json.tmp")
-                said.write_text(json.dumps(found))
-                os.replace(said, facts)
-            else:
-                _load_into(module, path)
-            written = facts.read_bytes()
+            if path.exists() and beside.exists():
+                return _cached(path, module, figures), False
+            facts = fit()
+            # facts of other weights must never stand beside these
+            beside.unlink(missing_ok=True)
+            _put(path, save(module.state_dict()))
+            _put(beside, json.dumps({**facts, "weights": weights_fingerprint(module)}).encode())
+            return facts, True
     except OSError as error:
         raise UserError(
-            f"the cache directory {folder} cannot be written ({error.strerror}); set BASD_CACHE to one that can."
+            f"the cache directory {folder} cannot be used ({error.strerror}); set BASD_CACHE to one that can be read and "
+            "written."
         ) from error
+
+
+def _cached(path: Path, module: nn.Module, figures: tuple[str, ...]) -> Facts:
+    """Load cached weights; returns the facts beside them, as `_fitted_once`."""
+    beside = path.with_suffix(".json")
     try:
-        return json.loads(written), fitted_now
+        facts = json.loads(beside.read_bytes())
+        if not isinstance(facts, dict) or any(facts.get(name) is None for name in figures):
+            raise ValueError(figures)
+        for name, value in facts.items():
+            if value is not None and type(value) is not (str if name == "weights" else float):
+                raise ValueError(name)
     except ValueError as error:
-        raise UserError(f"{facts} is damaged; remove it, and its weights are fitted again.") from error
+        raise UserError(f"{beside} is damaged; remove it, and its weights are fitted again.") from error
+    _load_into(module, path)
+    # files from before the fingerprint was kept have none
+    if facts.get("weights") not in (None, weights_fingerprint(module)):
+        raise UserError(f"{path} is damaged; remove it, and its weights are fitted again.")
+    return facts
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Written aside, synced, renamed: a file of this name is whole, whenever the machine stops."""
+    fresh = path.with_name(f"{path.name}.tmp")
+    with open(fresh, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    sync_directory(path.parent)
 
 
 def _load_into(module: nn.Module, path: Path) -> None:
@@ -274,13 +306,13 @@ def fit_classifier(
     step = 0
     for epoch in range(config.epochs):
         for indices in epoch_order(
-            len(train), config.batch_size, streams.generator(config.seed, "teacher_order", epoch)
+            len(train), config.batch_size, streams.generator(config.seed, streams.TEACHER_ORDER, epoch)
         ):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, math.ceil(0.1 * total), config.lr, config.lr * 0.01)
             images, labels = train.batch(indices)
             view, _ = clean_view(
-                images, data, config.image_size, streams.generator(config.seed, "teacher_view", epoch, step)
+                images, data, config.image_size, streams.generator(config.seed, streams.TEACHER_VIEW, epoch, step)
             )
             model.train()
             with streams.isolated(config.seed, streams.TEACHER_FIT, epoch, step):

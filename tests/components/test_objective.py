@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -23,6 +24,7 @@ from objective_fakes import (
 )
 from torch import Tensor, nn
 
+from basd.components.head_aligners import HEAD_ALIGNERS
 from basd.components.selectors import SELECTORS
 from basd.components.token_aligners import TOKEN_ALIGNERS
 from basd.components.warmup import WARMUPS
@@ -215,6 +217,54 @@ def test_before_any_start_only_cross_entropy_counts(teacher: Teacher) -> None:
     output = run(objective, teacher, step=0)
     assert selector.count == 0
     assert number(output.total) == pytest.approx(numbers(output)["train/ce"])
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_skip_leaves_mixed_batches_without_any_loss(mix: str, teacher: Teacher) -> None:
+    objective = make(mixing_targets="skip")
+    selector = Calls(objective.selector)
+    parts = numbers(run(objective, teacher, mix=MIXES[mix]))
+    present = {name for name in parts if name.startswith("loss/") and name != "loss/attn_skipped_points"}
+    assert {f"ramp/{name}" for name in LOSSES} <= set(parts)
+    if mix == "none":
+        assert present == {f"loss/{name}" for name in LOSSES} and selector.count == 1
+        assert parts == numbers(run(make(), teacher))
+    else:
+        assert not present and selector.count == 0
+        assert parts["train/loss"] == parts["train/ce"]
+        assert not {name for name in parts if name.startswith(("weight/", "selector/"))}
+
+
+def test_active_says_which_losses_are_computed() -> None:
+    objective = make(warmup=WARMUPS["staggered"]())  # starts 0, 5, 10, 15
+    for step, count in ((0, 1), (4, 1), (5, 2), (10, 3), (15, 4)):
+        for mix in MIXES.values():
+            assert objective.active(mix, step) == list(LOSSES)[:count]
+    skipping = make(mixing_targets="skip")
+    assert skipping.active(None, 0) == list(LOSSES) and skipping.active(CUTMIX, 0) == []
+    assert make(()).active(None, 0) == []
+
+
+def test_a2d_decays_its_loss_at_every_epoch(teacher: Teacher) -> None:
+    """Align-to-Distill's ×0.9 an epoch, on the attention loss alone, times the warmup."""
+    per_epoch, s = 3, dataclasses.replace(sizes(total_steps=12), steps_per_epoch=3)
+    for decay in (0.9, 0.5):
+        for warmup in ("none", "simultaneous"):
+            config = HEAD_ALIGNERS["a2d"](decay=decay)
+            settings = WARMUPS[warmup]()
+            objective = make(("rsd", "attn"), s=s, head_aligner=config, warmup=settings)
+            for step in range(12):
+                epoch = next(e for e in range(4) if e * per_epoch <= step < (e + 1) * per_epoch)
+                plain = settings.ramp("attn", step, 12)
+                parts = numbers(run(objective, teacher, step=step))
+                assert parts["ramp/attn"] == pytest.approx(plain * decay**epoch, rel=1e-6), step
+                assert parts["ramp/rsd"] == plain
+                terms = [parts[f"weight/{n}"] * parts[f"ramp/{n}"] * parts[f"loss/{n}"] for n in ("rsd", "attn")]
+                total = parts["train/ce"] + sum(terms) + 0.01 * parts["selector/entropy"]
+                assert parts["train/loss"] == pytest.approx(total, rel=1e-5)
+    assert HEAD_ALIGNERS["a2d"]().decay == 0.9
+    plain = make(("attn",), s=s)
+    assert {numbers(run(plain, teacher, step=step))["ramp/attn"] for step in range(12)} == {1.0}
 
 
 def test_attention_is_not_rebuilt_without_attn(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,29 @@ def test_rows_sum_to_one_and_values_are_the_tokens(
     torch.testing.assert_close(aligner(tokens), weights @ tokens, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("student, teacher", GRIDS)
+def test_cross_attention_weights_equal_loops(student: tuple[int, int], teacher: tuple[int, int]) -> None:
+    """P_ij = softmax_j(q_i · W(t_j + p_j)), with queries and W away from where they start."""
+    s = sizes(student, teacher, width=8)
+    aligner, tokens = CrossAttentionConfig().build(s), mixtures(s)
+    perturb(aligner, 0.3)
+    q, w, p, t = (
+        tensor.detach().double().numpy()
+        for tensor in (aligner.get_parameter("queries"), aligner.get_parameter("key_weight"), aligner.position, tokens)  # type: ignore[union-attr]
+    )
+    assert np.abs(w - w.transpose(0, 2, 1)).max() > 0.1
+    expected = np.zeros((2, 3, s.student_tokens, s.teacher_tokens))
+    for m in range(2):
+        for b in range(3):
+            keys = [w[m] @ (t[m, b, j] + p[j]) for j in range(s.teacher_tokens)]
+            for i in range(s.student_tokens):
+                scores = [sum(q[m, i, d] * key[d] for d in range(8)) for key in keys]
+                powers = [math.exp(score - max(scores)) for score in scores]
+                expected[m, b, i] = [power / sum(powers) for power in powers]
+    weights = aligner.weights(tokens)  # type: ignore[operator]
+    np.testing.assert_allclose(weights.detach().numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "student, teacher, width",
     [((3, 4), (5, 3), 32), ((6, 6), (8, 8), 96), ((14, 14), (16, 16), 64), ((5, 5), (8, 8), 96), ((4, 4), (4, 4), 32)],

@@ -16,7 +16,9 @@ import torch
 from tiny import MemoryRecorder, same_bits, state_of
 
 from basd.config import FrozenArm, from_dict
+from basd.data.mixing import draw
 from basd.training import cohort as cohort_module
+from basd.training import random_streams as streams
 from basd.training.arm import TrainingArm
 from basd.training.checkpoint import CURRENT, PREVIOUS
 from basd.training.cohort import train_cohort, write_arm
@@ -93,6 +95,49 @@ def test_stopped_and_started_again_is_bit_equal(together, name: str, after: int,
     assert second.status == "complete"
     assert recorder.results == recorders[name].results
     assert same_bits(state_of(tmp_path), state_of(folder / arm.arm_key))
+
+
+@pytest.mark.parametrize("aligner", ["conv", "mean"])
+def test_students_of_two_grids_make_one_cohort(aligner: str, tiny_arm: MakeArm, tmp_path: Path) -> None:
+    """What arms share of the teacher is kept apart by the student's grid."""
+    common = (f"head_aligner={aligner}", "warmup=none", "recipe.duration=3 steps", "losses.rel.num_pairs=6")
+    arms = [tiny_arm(*common, "student.patch_size=4"), tiny_arm(*common, "student.patch_size=10")]
+    assert arms[0].cohort_key == arms[1].cohort_key and arms[0].arm_key != arms[1].arm_key
+    for order in (arms, arms[::-1]):
+        folder = tmp_path / f"first_{order[0].arm_key}"
+        recorders, _ = run(order, folder)
+        for arm, recorder in zip(order, recorders, strict=True):
+            (alone,), _ = run([arm], folder / "alone")
+            assert recorder.results == alone.results
+            assert same_bits(state_of(folder / arm.arm_key), state_of(folder / "alone" / arm.arm_key))
+
+
+def history_of(directory: Path) -> str | None:
+    path = directory / "artifacts" / "selector_history.csv"
+    return path.read_text() if path.exists() else None
+
+
+@pytest.mark.parametrize(("probability", "epochs"), [(0.7, {1, 2, 3}), (0.85, {2})])
+@pytest.mark.parametrize("after", [5, 7, 10, 12, 13])
+def test_the_selector_history_survives_steps_without_a_loss(
+    after: int, probability: float, epochs: set[int], tiny_arm: MakeArm, tmp_path: Path
+) -> None:
+    """`skip` leaves mixed batches out: the last α of an epoch may lie before the stop, and an epoch may have none."""
+    arm = tiny_arm("warmup=none", "mixing.targets=skip", f"mixing.probability={probability}")
+    (whole,), _ = run([arm], tmp_path / "whole")
+    recorder, calls = MemoryRecorder(), iter(range(100))
+    train_cohort([arm], [tmp_path], [recorder], stop=lambda: next(calls) >= after)
+    train_cohort([arm], [tmp_path], [recorder])
+    assert recorder.results == whole.results
+    history = history_of(tmp_path)
+    assert history is not None and history == history_of(tmp_path / "whole" / arm.arm_key)
+    config = from_dict(arm.config)
+    unmixed = [
+        step
+        for step in range(15)
+        if draw(config.mixing, 20, 20, streams.generator(0, streams.MIXING, step // 5, step)) is None
+    ]
+    assert {1 + step // 5 for step in unmixed} == epochs == {int(row.split(",")[0]) // 5 for row in history.split()[1:]}
 
 
 def test_arms_at_different_steps_make_one_cohort(together, tmp_path: Path) -> None:
@@ -221,6 +266,53 @@ def test_the_teacher_runs_once_a_step_and_attention_only_for_arms_that_use_it(
     assert calls == {"teacher": 4, "attention": 0}
     run([tiny_arm(*steps), tiny_arm("selector=uniform", *steps)], tmp_path)
     assert calls == {"teacher": 8, "attention": 4 * 2}, "two layers, rebuilt once for both arms"
+
+
+# overrides → (steps in which the teacher looks, its forwards, student forwards) in the 15 steps of three epochs
+RESTING = {
+    "late": (("warmup=staggered", *(f"warmup.starts.{n}=0.6" for n in ("rsd", "rel", "attn", "spectral"))), 6, 6, 15),
+    "skip": (("warmup=none", "mixing.targets=skip", "mixing.probability=0.7"), 4, 4, 15),
+    # rsd from the start, the loss on two views from step 9 on
+    "late_views": (
+        (
+            "warmup=staggered",
+            *("losses.rel.vertices=logits", "warmup.starts.rel=0.6"),
+            *("losses.attn.enabled=false", "losses.spectral.enabled=false"),
+        ),
+        15,
+        15 + 6,
+        15 + 6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESTING)
+def test_models_run_only_where_a_loss_reads_them(
+    name: str, tiny_arm: MakeArm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from basd.models.student import TappedStudent
+    from basd.models.teacher import Teacher
+
+    overrides, steps, teacher_calls, student_calls = RESTING[name]
+    calls = {Teacher: 0, TappedStudent: 0}
+
+    def count(kind: type) -> None:
+        real = kind.__call__
+
+        def call(self, images):
+            calls[kind] += 1
+            return real(self, images)
+
+        monkeypatch.setattr(kind, "__call__", call)
+
+    arm = tiny_arm(*overrides, "runtime.log_every=1")
+    count(Teacher)
+    count(TappedStudent)
+    (recorder,), results = run([arm], tmp_path)
+    assert [result.status for result in results] == ["complete"]
+    assert calls == {Teacher: teacher_calls, TappedStudent: student_calls}
+    losing = [step for step, values in recorder.results if any(key.startswith("loss/") for key in values)]
+    assert len(losing) == steps
 
 
 def test_no_distillation_parameter_is_in_the_exported_student(together) -> None:

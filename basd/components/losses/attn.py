@@ -75,7 +75,8 @@ class AttentionLoss(nn.Module):
         shares = comparison.alpha.detach()
         layers = comparison.layer_maps
         averaged: bool = aligner.averages_heads
-        information = comparison.teacher.shared(("information", averaged), lambda: self._information(layers, averaged))
+        key = ("information", averaged, self.sizes.student_grid)
+        information = comparison.teacher.shared(key, lambda: self._information(layers, averaged))
         # KL is convex: at most this much is in a mixture of the layers' maps
         informative = shares @ information > UNIFORM
         comparison.note({"loss/attn_skipped_points": float((~informative).sum())})
