@@ -46,6 +46,14 @@ def parser() -> argparse.ArgumentParser:
     sync = command("sync", "send MLflow what it does not have yet")
     report = command("report", "write a table again from the runs")
     teacher = command("teacher", "fit or check the teacher")
+    export = command("export", "write a trained student as a timm checkpoint")
+    export.add_argument(
+        "run", metavar="RUN", help="an arm key or its beginning, an arm's directory, or an MLflow run id"
+    )
+    export.add_argument("--onnx", action="store_true", help="also write ONNX, checked against the student")
+    export.add_argument("--register", action="store_true", help="also make it a version in MLflow's model registry")
+    export.add_argument("--output", metavar="DIR", help="where to write; exports/ARM_KEY without it")
+    export.add_argument("--force", action="store_true", help="replace an earlier export")
     doctor = command("doctor", "versions, devices, data, teacher, tracking and ledger")
     for one in (plan, grid, worker, audit, sync):
         one.add_argument("name", help="an ablation: a file of experiments/ without .yaml")
@@ -56,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--allow-mixed-code", action="store_true", help="print a table whose arms are of several code versions"
         )
-    for one in (train, plan, grid, worker, status, audit, sync, report, teacher, doctor):
+    for one in (train, plan, grid, worker, status, audit, sync, report, teacher, export, doctor):
         one.add_argument("overrides", nargs="*", help=OVERRIDES_HELP)
     return root
 
@@ -73,6 +81,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command is None:
         root.print_help()
         return 0
+    # without an import of torch, which takes seconds
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ:
+        return _with_others(given, extra)
+    return _run(given, extra)
+
+
+def _with_others(given: argparse.Namespace, extra: list[str]) -> int:
+    """One of several processes that torchrun started: the first runs the command, the others train along."""
+    from basd.training.team import together
+
+    if given.command not in TOGETHER or getattr(given, "multirun", False):
+        if os.environ["RANK"] == "0":
+            what = "multirun" if given.command == "train" else given.command
+            print(f"basd: {what} runs in one process; start it without torchrun.", file=sys.stderr)
+        return 2
+    try:
+        return together(lambda: _run(given, extra))
+    except UserError as error:
+        print(f"basd: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(given: argparse.Namespace, extra: list[str]) -> int:
     try:
         return COMMANDS[given.command](given, extra)
     except UserError as error:
@@ -88,6 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"basd: {_os_sentence(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        # torch is not imported for the sake of a name
+        if type(error).__name__ != "PeerLostError":
+            raise
+        print(f"basd: {error}", file=sys.stderr)
+        return 1
 
 
 def _parse(root: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -404,7 +441,12 @@ def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
         progress.close()
     shape = f"{len(prepared.model.blocks)} blocks, width {prepared.model.embed_dim}"
     screen.print(f"{config.teacher.name}: {shape}, {prepared.accuracy}, weights {prepared.fingerprint}", markup=False)
-    if prepared.path is not None:
+    if config.teacher.weights_file is not None:
+        from basd.models.checkpoints import read_checkpoint
+
+        file = read_checkpoint(config.teacher.weights_file).file
+        screen.print(f"From {file.path}: {file.description}", markup=False)
+    elif prepared.path is not None:
         screen.print(f"{'Fitted and cached' if prepared.fitted_now else 'Cached'}: {prepared.path}", markup=False)
     if config.demands.logits and config.teacher.name != "digits_vit":
         from basd.data import load
@@ -415,12 +457,64 @@ def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def export(given: argparse.Namespace, overrides: list[str]) -> int:
+    import tempfile
+
+    words = [given.run, *overrides]
+    named = [word for word in words if "=" not in word or (Path(word) / "arm.json").is_file()]
+    if not named:
+        raise UserError("export needs a RUN beside the settings: an arm key, an arm's directory or an MLflow run id.")
+    if len(named) > 1:
+        raise UserError(f"export writes one run at a time, not {' and '.join(named)}; call it once for each.")
+    overrides = [word for word in words if word not in named]
+    setting, config = _run_sections(overrides)
+    uri, screen = config.tracking.uri, console(given.quiet)
+    with tempfile.TemporaryDirectory() as scratch:
+        from basd.grid.finished import asked, find_finished, tracked_run
+        from basd.tracking.mlflow_store import shown as hidden
+
+        arm = find_finished(named[0], Path(config.runtime.directory), uri, setting, Path(scratch))
+        screen.print(f"{arm.name} seed={arm.seed} of {arm.setting} (arm {arm.label}), from {arm.place}", markup=False)
+        run = tracked_run(arm, uri) if given.register else None
+        if given.register and run is None:
+            raise UserError(
+                f"--register needs the arm's finished run in MLflow ({hidden(uri)}); send it there with basd sync NAME."
+            )
+        # below what can be refused at once: these imports take seconds
+        from basd.export import ONNX_TOLERANCE, export
+
+        target = Path(given.output) if given.output else Path("exports") / arm.label
+        made = export(arm, target, onnx=given.onnx, force=given.force)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in arm.metrics.items())
+    screen.print(
+        f"Written: {made.directory} ({shown}); timm loads it, and its logits are the student's bit for bit.",
+        markup=False,
+    )
+    screen.print(f'Load: timm.create_model("local-dir:{made.directory}", pretrained=True)', markup=False)
+    if made.onnx_difference is not None:
+        within = f"largest difference {made.onnx_difference:.1e} of the largest logit, allowed {ONNX_TOLERANCE:.0e}"
+        screen.print(f"ONNX: opset {made.onnx_opset}, any batch size; {within}.", markup=False)
+    if run is not None:
+        from basd.tracking.mlflow_store import open_client
+        from basd.tracking.registry import register, tags_of
+
+        name, run_id = arm.setting, str(run.info.run_id)
+        version, new = asked(
+            uri, lambda: register(open_client(uri), name, run_id, made.directory, made.digest, tags_of(run))
+        )
+        how = "Registered as" if new else "Registered before as"
+        screen.print(f"{how} version {version} of {name} in MLflow (models:/{name}/{version}).", markup=False)
+    return 0
+
+
 def doctor(given: argparse.Namespace, overrides: list[str]) -> int:
     from basd.doctor import examine
 
     return examine(overrides, console(given.quiet))
 
 
+# What torchrun may start in several processes.
+TOGETHER = ("train", "grid", "worker")
 COMMANDS = {
     "train": train,
     "plan": plan,
@@ -431,5 +525,6 @@ COMMANDS = {
     "sync": sync,
     "report": report,
     "teacher": teacher,
+    "export": export,
     "doctor": doctor,
 }

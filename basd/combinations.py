@@ -24,6 +24,7 @@ def combination_errors(config: Config) -> list[str]:
         if hasattr(part, "problems"):
             problems.extend(part.problems())
     problems.extend(_duration_errors(config.recipe))
+    problems.extend(_accumulation_errors(config.recipe))
     return problems
 
 
@@ -51,7 +52,8 @@ def _size_errors(config: Config) -> list[str]:
                 )
         if len(set(points)) < len(points) or sorted(points) != points:
             problems.append(f"student.points={points} must be increasing, each block once")
-    if config.student.image_size != config.data.image_size:
+    # digits are made of this size; other data is cut to what each model takes
+    if config.data.name == "digits" and config.student.image_size != config.data.image_size:
         problems.append(
             f"student.image_size={config.student.image_size} differs from data.image_size={config.data.image_size}; "
             "set one of them to the other"
@@ -122,7 +124,8 @@ def _relation_errors(config: Config, patches: int) -> list[str]:
             "losses.rel.vertices=tokens needs more than one patch, but the student's grid is 1x1; choose a smaller "
             "student.patch_size or losses.rel.vertices=pooled"
         ]
-    what, vertices = ("patches", patches) if rel.vertices == "tokens" else ("images", config.recipe.batch_size)
+    images = config.recipe.batch_size // config.recipe.accumulation
+    what, vertices = ("patches", patches) if rel.vertices == "tokens" else ("images", images)
     pairs = vertices * (vertices - 1) // 2
     if rel.pairs == "random" and rel.num_pairs > pairs:
         return [
@@ -167,3 +170,13 @@ def _duration_errors(recipe: RecipeConfig) -> list[str]:
         except ValueError as error:
             problems.append(f"recipe.{key}: {error}")
     return problems
+
+
+def _accumulation_errors(recipe: RecipeConfig) -> list[str]:
+    # each part holds pairs of images, so that mixing partners stay together
+    if recipe.accumulation == 1 or recipe.batch_size % (2 * recipe.accumulation) == 0:
+        return []
+    return [
+        f"recipe.batch_size={recipe.batch_size} cannot be split into recipe.accumulation={recipe.accumulation} parts of whole "
+        f"pairs of images; choose a batch that is a multiple of {2 * recipe.accumulation}"
+    ]

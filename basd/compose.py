@@ -34,6 +34,7 @@ from basd.config import (
     join_problems,
     suggest,
 )
+from basd.data.settings import semantic
 from basd.errors import UserError
 from basd.models.student import StudentConfig
 from basd.objective import ObjectiveConfig
@@ -43,6 +44,8 @@ from basd.training.recipe import RecipeConfig
 PRESET_GROUPS = ("data", "teacher", "student", "recipe", "method")
 # Groups that make up the setting.
 SETTING_GROUPS = ("data", "teacher", "student", "recipe")
+# Sections of what Hydra composes that are not settings.
+INSIDE = ("hydra", "preset")
 
 
 @dataclass
@@ -61,6 +64,8 @@ class _Schema:
     weighting: Any = None
     warmup: Any = None
     method: str = "basd"
+    # What a method sets of the exchangeable parts above: see `_apply_preset`.
+    preset: Any = None
     losses: LossesConfig = field(default_factory=LossesConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -121,7 +126,7 @@ def _composed(overrides: tuple[str, ...], combinations: bool) -> Composed:
         raise UserError(join_problems(problems))
     chosen = composed.hydra.runtime.choices
     choices = {str(key): str(value) for key, value in chosen.items() if "/" not in str(key)}
-    values = {str(key): _plain_values(composed[key]) for key in composed if key != "hydra"}
+    values = {str(key): _plain_values(composed[key]) for key in composed if key not in INSIDE}
     return Composed(from_dict(values, combinations=combinations), choices)
 
 
@@ -131,9 +136,24 @@ def _plain_values(node: Any) -> Any:
 
 def _compose(overrides: Sequence[str]) -> Any:
     try:
-        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+        composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+        _apply_preset(composed, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_plain(error)) from error
+    return composed
+
+
+def _apply_preset(composed: Any, overrides: Sequence[str]) -> None:
+    """Set what the method's preset says of its parts.
+
+    An override of the same setting goes before it, and a part that was chosen in place of the preset's own keeps its
+    defaults where it has no such setting.
+    """
+    said = tuple(overridden_keys(overrides))
+    for key, value in flatten(_plain_values(composed.preset) or {}):
+        known = OmegaConf.select(composed, key, throw_on_missing=False) is not None
+        if known and not any(key == one or key.startswith(f"{one}.") for one in said if "." in one):
+            OmegaConf.update(composed, key, value)
 
 
 def _plain(error: Exception) -> str:
@@ -158,6 +178,8 @@ def _form_problems(overrides: Sequence[str]) -> list[str]:
             continue
         if override.is_sweep_override():
             problems.append(f'"{text}" holds several values; one is needed here (`basd train -m` runs several)')
+        elif override.key_or_group.split(".")[0] == "preset":
+            problems.append(f'"{text}" is in the method; set the part itself, such as mixing.targets=clean')
         elif override.is_delete() or override.is_add():
             problems.append(f'"{text}": settings cannot be added or removed; write KEY=VALUE')
     return problems
@@ -190,12 +212,12 @@ def _value_problem(base: Any, text: str, key: str, value: Any) -> str | None:
     parent, _, leaf = key.rpartition(".")
     section = OmegaConf.select(base, parent) if parent else base
     known = [str(k) for k in section] if OmegaConf.is_dict(section) else []
-    known = [k for k in known if k != "hydra"]
+    known = [k for k in known if k not in INSIDE]
     if leaf not in known:
         where = f" of {parent}" if parent else ""
         if parent and not known:
             top = key.split(".")[0]
-            return f"{key} is not a setting{suggest(top, [str(k) for k in base if k != 'hydra'])}"
+            return f"{key} is not a setting{suggest(top, [str(k) for k in base if k not in INSIDE])}"
         return f"{key} is not a setting{where}{suggest(leaf, known)}"
     try:
         OmegaConf.update(base, key, value)
@@ -214,9 +236,14 @@ def setting_name(overrides: Sequence[str]) -> str:
     composed = compose(overrides, combinations=False)
     plain = compose(setting_groups(overrides), combinations=False)
     name = "-".join(composed.choices[group] for group in SETTING_GROUPS)
-    before, after = plain.config.to_dict(), composed.config.to_dict()
+    before, after = _compared(plain.config), _compared(composed.config)
     changed = {group: after[group] for group in SETTING_GROUPS if after[group] != before[group]}
     return f"{name}-{digest(changed)[:6]}" if changed else name
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """A configuration without where its data lies."""
+    return {**config.to_dict(), "data": semantic(config.data)}
 
 
 def difference_from_preset(composed: Composed) -> str:
@@ -228,7 +255,7 @@ def difference_from_preset(composed: Composed) -> str:
 def differences(base: Config, config: Config) -> list[str]:
     """Overrides that lead from one configuration to the other; a loss switched off or on reads "without rsd", "with rsd"."""
     words = []
-    before, after = base.to_dict(), config.to_dict()
+    before, after = _compared(base), _compared(config)
     for section in after:
         if section in (*NOT_SEMANTIC, "seed"):
             continue

@@ -25,6 +25,7 @@ from basd.components.warmup import WARMUPS
 from basd.components.weighting import WEIGHTINGS
 from basd.data import DATASETS
 from basd.data.mixing import MIXINGS
+from basd.data.settings import runtime_fields, semantic
 from basd.data.views import VIEWS
 from basd.errors import UserError
 from basd.models.student import StudentConfig, extraction_points
@@ -41,6 +42,13 @@ class RuntimeConfig:
     device: str = "auto"
     # CPU threads of one training process. 1 gives the same bits on machines with any number of cores.
     threads: int = field(default=1, metadata={"min": 1})
+    # Number format of forward passes: auto is bf16 on CUDA devices that have it, else fp32. Losses are float32 in each.
+    precision: str = field(default="auto", metadata={"choices": ("auto", "fp32", "bf16", "fp16")})
+    # torch.compile of teacher and student: auto is on for CUDA.
+    compile: str = field(default="auto", metadata={"choices": ("auto", "on", "off")})
+    # Processes that decode images beside each training process, for data on disk; 0: it does so itself, -1: as many as the
+    # cores allow.
+    workers: int = field(default=-1, metadata={"min": -1})
     # Training processes that `basd grid` starts; 0: one per `threads` cores on CPU, one per GPU.
     processes: int = field(default=0, metadata={"min": 0})
     # Most arms that train side by side on one teacher forward.
@@ -234,9 +242,12 @@ def normalized(config: Config) -> dict[str, Any]:
     values = config.to_dict()
     for section in NOT_SEMANTIC:
         del values[section]
+    for key in runtime_fields(config.data):
+        del values["data"][key]
     for section in ("student", "recipe"):
         # a preset's name says nothing that its fields do not
         del values[section]["name"]
+    _drop_defaults(values["recipe"], config.recipe, ("accumulation", "ema_decay"))
     wants = config.demands
     for name in LOSSES:
         if name not in wants.enabled:
@@ -254,6 +265,11 @@ def normalized(config: Config) -> dict[str, Any]:
         values["teacher"].pop(key, None)
     if not wants.logits:
         values["teacher"].pop("head", None)
+    if wants.trains_selector:
+        _drop_defaults(values["objective"], config.objective, ("target_norm",))
+    else:
+        # nothing reads a mixture of tokens
+        del values["objective"]["target_norm"]
     unused = {
         "teacher": not wants.teacher,
         "selector": not wants.selector,
@@ -286,6 +302,13 @@ def normalized(config: Config) -> dict[str, Any]:
     if wants.enabled:
         _normalize_schedule(values, config)
     return values
+
+
+def _drop_defaults(values: dict[str, Any], config: Any, names: tuple[str, ...]) -> None:
+    """Take out settings that came later and do nothing at their default, so that keys of older arms stay theirs."""
+    for spec in dataclasses.fields(config):
+        if spec.name in names and values[spec.name] == spec.default:
+            del values[spec.name]
 
 
 def _drop_idle(values: dict[str, Any], config: Any) -> None:
@@ -355,6 +378,8 @@ def without_effect(config: Config, overridden: typing.Iterable[str]) -> list[str
     notices = []
     for key in overridden:
         section = key.split(".")[0]
+        if section == "data" and key.split(".")[-1] in runtime_fields(config.data):
+            continue
         if section in NOT_SEMANTIC or key == "seed" or key.endswith((".enabled", ".weights")):
             continue
         if key in GROUPS:
@@ -433,7 +458,7 @@ def keys_of(config: Config, *, teacher_fingerprint: str, data_fingerprint: str) 
         values["teacher_fingerprint"] = teacher_fingerprint
     configuration = digest(values)
     cohort = {
-        "data": dataclasses.asdict(config.data),
+        "data": semantic(config.data),
         "data_fingerprint": data_fingerprint,
         "teacher": dataclasses.asdict(config.teacher),
         "teacher_fingerprint": teacher_fingerprint,
@@ -441,6 +466,13 @@ def keys_of(config: Config, *, teacher_fingerprint: str, data_fingerprint: str) 
         "duration": config.recipe.duration,
         "seed": seed,
     }
+    # what fixes the teacher's forward beside these; only where it is chosen, so that older plans keep their cohorts
+    shared = {
+        "accumulation": (config.recipe.accumulation, 1),
+        "precision": (config.runtime.precision, "auto"),
+        "compile": (config.runtime.compile, "auto"),
+    }
+    cohort.update({name: value for name, (value, default) in shared.items() if value != default})
     return Keys(digest({"configuration": configuration, "seed": seed}), configuration, digest(cohort))
 
 

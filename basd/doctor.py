@@ -99,6 +99,11 @@ def _teacher(config) -> str:
             return "not fitted yet; the first grid, or `basd teacher`, does it"
         prepared = prepare_teacher(config.teacher, config.data, splits)
         return f"{config.teacher.name}, {prepared.accuracy}, {prepared.path}"
+    from basd.models.teacher import check_timm_teacher
+
+    file = check_timm_teacher(config.teacher)
+    if file is not None:
+        return f"{config.teacher.model}, {file.path}: {file.description}"
     return f"{config.teacher.model}, weights {config.teacher.weights} (checked when it is built: `basd teacher`)"
 
 

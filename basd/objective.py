@@ -29,6 +29,7 @@ from basd.components.losses import LossesConfig, enabled_losses
 from basd.components.selectors.adaptive_spectral import normalized_entropy
 from basd.components.sizes import Sizes
 from basd.components.token_aligners.diagnostics import aligner_diagnostics
+from basd.distributed import average
 from basd.models.student import StudentOutput
 from basd.models.teacher import TeacherOutput
 
@@ -41,6 +42,9 @@ class ObjectiveConfig:
     # Weight of the cross-entropy with the labels.
     ce_weight: float = field(default=1.0, metadata={"min": 0.0})
     label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "max": 0.999})
+    # Teacher tokens before and after the layer mixture: LayerNorm without affine, or, as papers that match hidden states by
+    # MSE publish it, as they are.
+    target_norm: str = field(default="layer_norm", metadata={"choices": ("layer_norm", "none")})
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,10 @@ class Parts:
 
 @dataclass
 class ObjectiveOutput:
-    """total: scalar to minimise. parts: named scalars (tensors without gradient or floats) for the log."""
+    """total: scalar to minimise. parts: named scalars (tensors without gradient or floats) for the log.
+
+    With several processes each has its own total, whose gradients are to be averaged; the parts are those of all.
+    """
 
     total: Tensor
     parts: dict[str, Tensor | float] = field(default_factory=dict)
@@ -197,7 +204,7 @@ class Objective(nn.Module):
         with torch.autocast(targets.device.type, enabled=False):
             ce = F.cross_entropy(student.logits.float(), targets)
             total = self.config.ce_weight * ce
-            parts: dict[str, Tensor | float] = {"train/ce": ce.detach()}
+            parts: dict[str, Tensor | float] = {}
             ramps = {name: self._ramp(name, step) for name in self.enabled}
             parts.update({f"ramp/{name}": ramps[name] for name in self.enabled})
             active = self.active(mix, step)
@@ -214,9 +221,10 @@ class Objective(nn.Module):
                     generator=generator,
                     views=views,
                     diagnose=diagnose,
+                    normalize=self.config.target_norm == "layer_norm",
                 )
                 total = total + self._distillation(comparison, active, ramps, parts)
-            parts["train/loss"] = total.detach()
+            parts["train/ce"], parts["train/loss"] = average(ce.detach(), total.detach())
         return ObjectiveOutput(total, parts)
 
     def active(self, mix: Mix | None, step: int) -> list[str]:
@@ -235,12 +243,14 @@ class Objective(nn.Module):
         losses: dict[str, Tensor] = {name: value for name, value in values.items() if value is not None}
         total: Tensor | float = 0.0
         if losses:
-            weights = weighting(losses, ramps, comparison.step, comparison.generator)
+            # what weights are made of, and the log, are the losses of all processes
+            means = dict(zip(losses, average(*(value.detach() for value in losses.values())), strict=True))
+            weights = weighting(means, ramps, comparison.step, comparison.generator)
             for name in losses:
                 total = total + weights[name] * ramps[name] * losses[name]
-                parts[f"loss/{name}"] = losses[name].detach()
+                parts[f"loss/{name}"] = means[name]
                 parts[f"weight/{name}"] = weights[name]
-            total = total + weighting.term(losses, ramps)
+            total = total + weighting.term(means, ramps)
         parts.update(comparison.notes)
         if comparison.has("alpha"):
             self._shares = comparison.alpha.detach()

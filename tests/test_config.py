@@ -283,7 +283,26 @@ def test_choices_name_every_preset() -> None:
     assert {"digits_vit", "dinov2_vits14", "timm"} <= set(choices["teacher"])
     for group, names in choices.items():
         for name in names:
-            if (group, name) not in (("student", "deit_tiny"), ("head_aligner", "none")):
+            if (group, name) not in (("student", "deit_tiny"), ("head_aligner", "none"), ("data", "timm")):
                 assert compose([f"{group}={name}"]).choices[group] == name
     assert TINY  # the tests' own sizes are valid
     compose(TINY)
+
+
+@pytest.mark.parametrize("method", group_choices()["method"])
+def test_a_preset_goes_with_other_parts_than_its_own(method: str) -> None:
+    """What a preset sets of a part that was exchanged is left out; what was said on the command line goes before it."""
+    exchanged = ["mixing=none", "weighting=equal", "selector=uniform", "token_aligner=interpolate", "warmup=none"]
+    config = compose([f"method={method}", *exchanged], combinations=False).config
+    assert (config.mixing.name, config.weighting.name, config.selector.name) == ("none", "equal", "uniform")
+    said = compose([f"method={method}", "mixing=cutmix", "mixing.targets=skip"], combinations=False).config
+    assert (said.mixing.name, said.mixing.targets) == ("cutmix", "skip")
+    kept = compose([f"method={method}", "mixing=cutmix"]).config
+    assert kept.mixing.targets == compose([f"method={method}"]).config.mixing.targets
+
+
+def test_weights_of_a_preset_and_of_the_command_line() -> None:
+    config = compose(["method=spectralkd", "weighting.weights.logit=0.5"]).config
+    assert (config.weighting.weights.logit, config.weighting.weights.spectral) == (0.5, 0.2)
+    with pytest.raises(UserError, match="mixing.targets"):
+        compose(["method=kd", "preset.mixing.targets=clean"])

@@ -99,11 +99,19 @@ TOGGLES: dict[str, tuple[str, ...]] = {
     "weighting.scale=first_mean": ("weighting.scale=first_mean",),
     "weighting.scale=none": ("weighting.scale=none",),
     "weighting=equal,scale=first": ("weighting=equal", "weighting.scale=first"),
+    **{
+        f"weighting={name},scale=first": (f"weighting={name}", "weighting.scale=first")
+        for name in ("fixed", "uwo", "uncertainty", "dwa", "rlw", "gls", "imtl_l")
+    },
     "weighting.total=one": ("weighting.total=one",),
+    "weighting=uwo,total=one": ("weighting=uwo", "weighting.total=one"),
+    "weighting=uwo,total=n_active": ("weighting=uwo", "weighting.total=n_active"),
+    "weighting=rlw,total=one": ("weighting=rlw", "weighting.total=one"),
     "weighting.order=ramp_then_weights": ("weighting.order=ramp_then_weights",),
     "warmup=staggered": ("warmup=staggered",),
     "warmup=simultaneous": ("warmup=simultaneous",),
     "objective.ce_weight=0.5": ("objective.ce_weight=0.5",),
+    "objective.target_norm=none": ("objective.target_norm=none",),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,22 @@ class Bridges:
     projections: nn.ModuleList | None = None
 
 
+# Bytes of attention maps that are worked on at once.
+CACHED_BYTES, DEVICE_BYTES = 2**21, 2**28
+
+
+def image_parts(maps: Tensor, pairs: bool = False) -> list[tuple[int, int]]:
+    """Ranges of images that are worked on at once, of maps (M, B, …): what fits a CPU's cache, or a share of a device.
+
+    With `pairs` the ranges cover the first half of the batch (the middle one included), for an image and its partner.
+    """
+    batch = maps.shape[1]
+    whole = maps.numel() // batch * 4 * (2 if pairs else 1)
+    step = max(1, (CACHED_BYTES if maps.device.type == "cpu" else DEVICE_BYTES) // max(1, whole))
+    last = (batch + 1) // 2 if pairs else batch
+    return [(start, min(last, start + step)) for start in range(0, last, step)]
+
+
 class Comparison:
     """One arm at one step. M points, B images; everything is float32.
 
@@ -70,12 +86,17 @@ class Comparison:
         generator: Callable[[str], torch.Generator],
         views: TwoViews | None = None,
         diagnose: bool = False,
+        normalize: bool = True,
     ) -> None:
-        """labels (B, C) soft; mix: how the teacher's targets have yet to be mixed, None where they are as they should be."""
+        """labels (B, C) soft; mix: how the teacher's targets have yet to be mixed, None where they are as they should be.
+
+        Without `normalize` mixtures are of the teacher's tokens as they are.
+        """
         self.bridges, self.sizes = bridges, sizes
         self.student, self.teacher, self.views = student, teacher, views
         self.labels, self.mix, self.step = labels, mix, step
         self.generator, self.diagnose = generator, diagnose
+        self.normalize = normalize
         self.notes: dict[str, Tensor | float] = {}
 
     @cached_property
@@ -99,12 +120,12 @@ class Comparison:
     @cached_property
     def mixture(self) -> Tensor:
         """LN0 of the layer mixture of the teacher's patch tokens, on its own grid, not yet mixed, (M, B, N_t, D_t)."""
-        return self._mixture_of(self.teacher.normalized_tokens())
+        return self._mixture_of(self.teacher.normalized_tokens() if self.normalize else self.teacher.tokens.float())
 
     def _mixture_of(self, layers: Tensor) -> Tensor:
         mixed = (self.alpha @ layers.flatten(1)).unflatten(1, layers.shape[1:])
         # without the outer norm a uniform mixture shrinks the target and the selector goes uniform for free
-        return F.layer_norm(mixed, mixed.shape[-1:])
+        return F.layer_norm(mixed, mixed.shape[-1:]) if self.normalize else mixed
 
     @cached_property
     def target(self) -> Tensor:
@@ -116,9 +137,9 @@ class Comparison:
     @cached_property
     def target_cls(self) -> Tensor:
         """LN0 of the layer mixture of the teacher's class tokens, (M, B, D_t)."""
-        cls = self.teacher.shared(
-            "normalized_cls", lambda: F.layer_norm(self.teacher.cls.float(), (self.teacher.cls.shape[-1],))
-        )
+        cls = self.teacher.cls.float()
+        if self.normalize:
+            cls = self.teacher.shared("normalized_cls", lambda: F.layer_norm(cls, cls.shape[-1:]))
         return self._convex(self._mixture_of(cls), axis=1)
 
     @cached_property
@@ -139,20 +160,49 @@ class Comparison:
 
     @cached_property
     def layer_maps(self) -> Tensor:
-        """The teacher's attention of every layer on the student's grid, (L, B, H_t, 1+N, 1+N); rows sum to 1."""
-        return self.teacher.attention(self.sizes.student_grid).float()
+        """The teacher's attention of every layer on the student's grid, (L, B, H_t, 1+N, 1+N); rows sum to 1.
+
+        In the teacher's precision.
+        """
+        return self.teacher.attention(self.sizes.student_grid)
 
     @cached_property
-    def aligned_maps(self) -> tuple[Tensor, Tensor]:
-        """What the head aligner makes of both sides: student log-probabilities and teacher probabilities, of one shape."""
-        aligner: Any = self.bridges.head_aligner
-        assert aligner is not None and self.student.scores is not None
-        maps = self.layer_maps
-        if not aligner.all_layers:
-            maps = (self.alpha.detach() @ maps.flatten(1)).unflatten(1, maps.shape[1:])
-        if self._share is not None and self.mix is not None:
-            maps = mix_attention(maps, self._share, self.mix.lam, masked=self.mix.box is not None)
-        return aligner(self.student.scores.float(), maps)
+    def target_maps(self) -> Tensor:
+        """The teacher's maps as the head aligner compares them, mixed like the student's image, float32; no gradient.
+
+        (M, B, H_t, 1+N, 1+N), the layer mixture of each point; with an aligner that compares all layers (L, …).
+        """
+        assert self.bridges.head_aligner is not None
+        layers = self.layer_maps
+        shares = None if self.bridges.head_aligner.all_layers else self.alpha.detach()
+        batch = layers.shape[1]
+        if shares is None and self._share is None:
+            return self._mixed_layers(layers, None)
+        maps = layers.new_empty(len(layers if shares is None else shares), *layers.shape[1:], dtype=torch.float32)
+        with torch.no_grad():
+            # an image and its partner in one part: what is mixed stays in the cache of a CPU
+            for start, end in image_parts(maps, pairs=True):
+                own, mirrored = slice(start, end), slice(max(end, batch - end), batch - start)
+                part = torch.cat([self._mixed_layers(layers[:, side], shares) for side in (own, mirrored)], dim=1)
+                if self._share is not None and self.mix is not None:
+                    part = mix_attention(part, self._share, self.mix.lam, masked=self.mix.box is not None)
+                maps[:, own], maps[:, mirrored] = part[:, : end - start], part[:, end - start :]
+        return maps
+
+    @staticmethod
+    def _mixed_layers(layers: Tensor, shares: Tensor | None) -> Tensor:
+        """Σ_l α_{m,l} A_l, float32, of some images. layers (L, B, …), shares α (M, L) or None for the layers themselves."""
+        if layers.dtype != torch.float32:
+            # in half precision the rows no longer sum to 1, and what diffuse maps say is less than that error
+            layers = layers.float()
+            layers = layers / layers.sum(dim=-1, keepdim=True)
+        return layers if shares is None else (shares @ layers.flatten(1)).unflatten(1, layers.shape[1:])
+
+    @property
+    def scores(self) -> Tensor:
+        """The student's pre-softmax attention at the points, (M, B, H_s, 1+N, 1+N)."""
+        assert self.student.scores is not None
+        return self.student.scores
 
     @cached_property
     def student_features(self) -> Tensor:

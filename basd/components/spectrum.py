@@ -89,5 +89,10 @@ def spatial_power(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
     tokens (..., N, D) → (..., h·(w//2+1)). Parseval: the sum over bins is the sum of squares of the tokens.
     """
-    power = spatial_spectrum(tokens, grid).square().sum(dim=-1).sum(dim=-2)
+    spectrum = spatial_spectrum(tokens, grid)
+    if spectrum.requires_grad:
+        power = spectrum.square().sum(dim=-1).sum(dim=-2)
+    else:
+        # one pass without a second spectrum; its gradient would be 0/0 at an empty bin
+        power = torch.linalg.vector_norm(spectrum, dim=-1).square().sum(dim=-2)
     return power * multiplicity(grid).to(power)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from basd.data.images import ImageSet, Splits
+from basd.data.images import ImageSet, Splits, apportion
+from basd.data.settings import view_problems
 from basd.errors import UserError
 
 CLASSES = 10
@@ -41,16 +42,7 @@ class DigitsConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the lists, one sentence each; empty when all is well."""
-        found = []
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            found.append(f"data.crop_scale must be [low, high] with 0 < low <= high <= 1, not {self.crop_scale}.")
-        if len(self.crop_ratio) != 2 or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            found.append(f"data.crop_ratio must be [low, high] with 0 < low <= high, not {self.crop_ratio}.")
-        if len(self.mean) != 3:
-            found.append(f"data.mean must have 3 values, one a channel, not {self.mean}.")
-        if len(self.std) != 3 or min(self.std) <= 0:
-            found.append(f"data.std must have 3 positive values, one a channel, not {self.std}.")
-        return found
+        return view_problems(self)
 
 
 def load_digits_splits(config: DigitsConfig) -> Splits:
@@ -84,8 +76,8 @@ def split_indices(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     members = [torch.nonzero(labels == label).flatten() for label in range(CLASSES)]
     members = [index[torch.randperm(len(index), generator=generator)] for index in members]
     counts = [len(index) for index in members]
-    test = _apportion(counts, TEST_SIZE)
-    validation = _apportion(counts, VALIDATION_SIZE)
+    test = apportion(counts, TEST_SIZE)
+    validation = apportion(counts, VALIDATION_SIZE)
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for index, n_test, n_validation in zip(members, test, validation, strict=True):
         parts[2].append(index[:n_test])
@@ -93,13 +85,3 @@ def split_indices(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         parts[0].append(index[n_test + n_validation :])
     train_index, validation_index, test_index = (torch.cat(part).sort().values for part in parts)
     return train_index, validation_index, test_index
-
-
-def _apportion(counts: list[int], total: int) -> list[int]:
-    """Whole shares of `total` in proportion to `counts`, by largest remainder, ties to the lower class."""
-    whole = sum(counts)
-    shares = [count * total // whole for count in counts]
-    by_remainder = sorted(range(len(counts)), key=lambda i: (-(counts[i] * total % whole), i))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return shares

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from basd.data.part import Part, whole
 from basd.data.photometric import LEVEL_MAX, OPERATIONS, apply_operations_, draw_operations, operation_arguments
 
 GEOMETRIC_OPERATIONS = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -72,15 +73,17 @@ def rand_augment_full(
     op_probability: float,
     fill: Sequence[float],
     generator: torch.Generator,
+    part: Part | None = None,
 ) -> Tensor:
     """`num_ops` of the 15 operations in a row per image (with replacement), each done with `op_probability`.
 
-    The level is normal around `magnitude`, cut to 0..10. images: (B,3,H,W) in [0,1], returned likewise. Draws as many
-    random numbers as `rand_augment`, so what is drawn afterwards is the same for both.
+    The level is normal around `magnitude`, cut to 0..10. images: (B,3,H,W) in [0,1], returned likewise; where
+    they are `part` of a batch, the same as there. Draws as many random numbers as `rand_augment`, so what is drawn
+    afterwards is the same for both.
     """
     n_photometric, n_all = len(OPERATIONS), len(FULL_OPERATIONS)
     operation, level, negate = draw_operations(
-        n_all, (num_ops, images.shape[0]), magnitude, magnitude_std, op_probability, generator
+        n_all, num_ops, part or whole(images), magnitude, magnitude_std, op_probability, generator
     )
     arguments = operation_arguments(operation, level, negate)
     height, width = images.shape[-2:]

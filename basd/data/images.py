@@ -1,10 +1,10 @@
-"""Labelled images in memory, the interface that every data set satisfies, and the order of samples."""
+"""Labelled images in memory, the interface that every data set satisfies, splits, and the order of samples."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,15 +13,28 @@ from basd.errors import UserError
 
 
 class ImageSource(Protocol):
-    """What training needs of a split. A data set on disk satisfies it by decoding in its workers inside `batch`."""
+    """A split: `ImageSet` in memory or `DiskImages` on disk. How its images are read is the business of `basd.data.feed`."""
 
     @property
     def classes(self) -> int: ...
 
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,) in [0, classes)."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B,3,H,W), all of one size, and labels int64 (B,), for int64 indices (B,) on the CPU."""
+    def subset(self, indices: Tensor) -> ImageSource:
+        """The images at int64 indices (n,), in that order."""
+        ...
+
+    def to(self, device: torch.device | str) -> ImageSource:
+        """The same split, its batches on another device."""
+        ...
+
+    def describe(self, digest: Any) -> None:
+        """Feed what names the content to a hash."""
         ...
 
 
@@ -45,23 +58,64 @@ class ImageSet:
         """The same split on another device."""
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
 
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at int64 indices (n,), in that order."""
+        return ImageSet(*self.batch(indices), self.classes)
+
+    def describe(self, digest: Any) -> None:
+        """Shapes and bytes of images and labels."""
+        for tensor in (self.images, self.labels):
+            digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+
 
 class Splits(NamedTuple):
     """Three disjoint splits. Selection uses `validation`; `test` is read once, at the end."""
 
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
+    train: ImageSource
+    validation: ImageSource
+    test: ImageSource
 
 
 def fingerprint(splits: Splits) -> str:
-    """16 hex digits that name the data: SHA-256 over the shapes and bytes of images and labels of all splits."""
+    """16 hex digits that name the data: SHA-256 over what each split says of its content.
+
+    In memory: shapes and bytes of images and labels. On disk: names, sizes in bytes, labels and classes, not the bytes of
+    the files, which would take as long as an epoch.
+    """
     digest = hashlib.sha256()
     for split in splits:
-        for tensor in (split.images, split.labels):
-            digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        split.describe(digest)
     return digest.hexdigest()[:16]
+
+
+def apportion(counts: list[int], total: int) -> list[int]:
+    """Whole shares of `total` in proportion to `counts`, by largest remainder, ties to the lower class."""
+    whole = sum(counts)
+    shares = [count * total // whole for count in counts]
+    by_remainder = sorted(range(len(counts)), key=lambda i: (-(counts[i] * total % whole), i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices of what stays for training and of the validation split, each class in proportion; fixed by `seed`."""
+    order = labels.argsort(stable=True)
+    members = list(order.split(torch.bincount(labels).tolist()))
+    generator = torch.Generator().manual_seed(seed)
+    members = [index[torch.randperm(len(index), generator=generator)] for index in members]
+    taken = apportion([len(index) for index in members], round(share * len(labels)))
+    # no class is left without an image to train on
+    taken = [min(n, max(0, len(index) - 1)) for index, n in zip(members, taken, strict=True)]
+    validation = torch.cat([index[:n] for index, n in zip(members, taken, strict=True)])
+    rest = torch.cat([index[n:] for index, n in zip(members, taken, strict=True)])
+    if len(validation) == 0 or len(rest) == 0:
+        part = "validation" if len(validation) == 0 else "training"
+        raise UserError(
+            f"data.validation_share={share:g} of {len(labels)} training images leaves none for {part}; set another share."
+        )
+    return rest.sort().values, validation.sort().values
 
 
 def epoch_order(n: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from basd.data.part import Part, whole
+
 LEVEL_MAX = 10.0
 BLUR_SIGMAS = (0.1, 2.0)  # pixels; the range of 3-Augment's blur
 BLUR_REACH = 8  # pixels; 4 standard deviations of the widest blur
@@ -119,13 +121,15 @@ def rand_augment(
     magnitude_std: float,
     op_probability: float,
     generator: torch.Generator,
+    part: Part | None = None,
 ) -> Tensor:
     """`num_ops` operations in a row per image (with replacement), each done with `op_probability`.
 
-    The level is normal around `magnitude`, cut to 0..10. images: (B,3,H,W) in [0,1], returned likewise.
+    The level is normal around `magnitude`, cut to 0..10. images: (B,3,H,W) in [0,1], returned likewise; where they are
+    `part` of a batch, the same as there.
     """
     operation, level, negate = draw_operations(
-        len(OPERATIONS), (num_ops, images.shape[0]), magnitude, magnitude_std, op_probability, generator
+        len(OPERATIONS), num_ops, part or whole(images), magnitude, magnitude_std, op_probability, generator
     )
     arguments = operation_arguments(operation, level, negate)
     images = images.clone()
@@ -136,34 +140,36 @@ def rand_augment(
 
 def draw_operations(
     kinds: int,
-    shape: tuple[int, int],
+    layers: int,
+    part: Part,
     magnitude: float,
     magnitude_std: float,
     op_probability: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RandAugment's operations, their levels in 0..10 and whether their sign is turned; each of `shape` (layers, B).
+    """RandAugment's operations, their levels in 0..10 and whether their sign is turned; each (layers, B).
 
     Operations are uniform in 0..kinds−1, or `kinds` where none is done. As many numbers are drawn whatever `kinds` is.
     """
+    shape = (layers, part.whole)
     operation = torch.randint(kinds, shape, generator=generator)
     done = torch.rand(shape, generator=generator) < op_probability
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     negate = torch.rand(shape, generator=generator) < 0.5
     level = (magnitude + magnitude_std * noise).clamp(0, LEVEL_MAX)
-    return torch.where(done, operation, kinds), level, negate
+    return part.take(torch.where(done, operation, kinds), 1), part.take(level, 1), part.take(negate, 1)
 
 
-def three_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def three_augment(images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
     """One of greyscale, solarisation and Gaussian blur per image, each as likely; DeiT III's 3-Augment (2204.07118).
 
     Solarisation inverts the levels from 128 up. The blur's standard deviation is uniform in 0.1 to 2 pixels whatever
-    the image's size. images: (B,3,H,W) in [0,1], returned likewise.
+    the image's size. images: (B,3,H,W) in [0,1], returned likewise; where they are `part` of a batch, the same as there.
     """
-    batch = images.shape[0]
-    choice = torch.randint(3, (batch,), generator=generator)
+    part = part or whole(images)
+    choice = part.take(torch.randint(3, (part.whole,), generator=generator))
     narrow, wide = BLUR_SIGMAS
-    sigma = narrow + (wide - narrow) * torch.rand(batch, generator=generator)
+    sigma = part.take(narrow + (wide - narrow) * torch.rand(part.whole, generator=generator))
     # greyscale is the blend with factor 0
     operation = torch.tensor([OPERATIONS.index("Color"), _SOLARIZE, _NONE])[choice]
     images = apply_operations_(images.clone(), operation, torch.tensor([0.0, 128.0, 0.0])[choice])
@@ -195,14 +201,15 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     return x.clamp_(0, 1)
 
 
-def color_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def color_jitter(images: Tensor, strength: float, generator: torch.Generator, part: Part | None = None) -> Tensor:
     """Brightness, contrast and saturation, each by a factor in [1−strength, 1+strength], in an order drawn per image.
 
-    images: (B,3,H,W) in [0,1], returned likewise. No hue, as in timm's default.
+    images: (B,3,H,W) in [0,1], returned likewise; where they are `part` of a batch, the same as there. No hue, as in timm's
+    default.
     """
-    batch = images.shape[0]
-    uniform = torch.rand(batch, 3, generator=generator)
-    order = torch.rand(batch, 3, generator=generator).argsort(dim=1)
+    part, batch = part or whole(images), images.shape[0]
+    uniform = part.take(torch.rand(part.whole, 3, generator=generator))
+    order = part.take(torch.rand(part.whole, 3, generator=generator).argsort(dim=1))
     if strength == 0:
         return images
     low = max(0.0, 1 - strength)

@@ -7,7 +7,7 @@ handed in, in a fixed order and (but for the erasing noise, drawn last) a fixed 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basd.data.geometric import GREY, rand_augment_full
+from basd.data.part import Part, whole
 from basd.data.photometric import color_jitter, rand_augment, three_augment
 
 CROP_TRIES = 10
@@ -90,14 +91,40 @@ class Geometry(NamedTuple):
     flips: Tensor
 
 
-def draw_geometry(batch: int, height: int, width: int, data: CropSettings, generator: torch.Generator) -> Geometry:
-    """RandomResizedCrop's boxes and horizontal flips, with torchvision's distribution.
+class CropDraws(NamedTuple):
+    """The random numbers of crops, before the images' sizes are known: float64 in [0,1), on the CPU."""
+
+    tries: Tensor  # (2,B,CROP_TRIES): area and ratio
+    places: Tensor  # (3,B): y, x and flip
+
+    def take(self, rows: Tensor | slice) -> CropDraws:
+        """Those of some images."""
+        return CropDraws(self.tries[:, rows], self.places[:, rows])
+
+
+def draw_crops(batch: int, generator: torch.Generator) -> CropDraws:
+    """What `place_crops` needs for `batch` images."""
+    tries = torch.rand(2, batch, CROP_TRIES, generator=generator, dtype=torch.float64)
+    return CropDraws(tries, torch.rand(3, batch, generator=generator, dtype=torch.float64))
+
+
+def draw_geometry(
+    batch: int, height: int, width: int, data: CropSettings, generator: torch.Generator, part: Part | None = None
+) -> Geometry:
+    """RandomResizedCrop's boxes and horizontal flips, with torchvision's distribution; `part`: of a batch's rows."""
+    part = part or Part(batch)
+    draws = draw_crops(part.whole, generator)
+    return place_crops(draws if part.rows is None else draws.take(part.rows), height, width, data)
+
+
+def place_crops(draws: CropDraws, height: int, width: int, data: CropSettings) -> Geometry:
+    """Boxes and flips of images of one size from their random numbers.
 
     Up to 10 tries per image of an area share uniform in `crop_scale` and a width-to-height ratio log-uniform in
     `crop_ratio`; if none fits, the largest centred box within the ratios.
     """
-    area_draw, ratio_draw = torch.rand(2, batch, CROP_TRIES, generator=generator, dtype=torch.float64)
-    y_draw, x_draw, flip_draw = torch.rand(3, batch, generator=generator, dtype=torch.float64)
+    area_draw, ratio_draw = draws.tries
+    y_draw, x_draw, flip_draw = draws.places
     (low, high), (narrow, wide) = data.crop_scale, data.crop_ratio
     area = height * width * (low + (high - low) * area_draw)
     ratio = torch.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * ratio_draw)
@@ -155,41 +182,56 @@ def _resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Ten
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def clean_view(images: Tensor, data: CropSettings, size: int, generator: torch.Generator) -> tuple[Tensor, Geometry]:
+def clean_view(
+    images: Tensor, data: CropSettings, size: int, generator: torch.Generator, part: Part | None = None
+) -> tuple[Tensor, Geometry]:
     """A random crop and flip of images uint8 (B,3,H,W): float32 (B,3,size,size) in [0,1], and where it lies.
 
     `crop(images, geometry, other_size)` gives the same view at another size.
     """
-    geometry = draw_geometry(images.shape[0], images.shape[2], images.shape[3], data, generator)
+    geometry = draw_geometry(images.shape[0], images.shape[2], images.shape[3], data, generator, part)
     return crop(images, geometry, size), geometry
 
 
-def eval_view(images: Tensor, size: int) -> Tensor:
-    """The central square of images uint8 (B,3,H,W) as float32 (B,3,size,size) in [0,1]; exact if it has that size."""
+def resized(crops: Tensor, size: int) -> Tensor:
+    """Finished crops uint8 (B,3,S,S) as float32 (B,3,size,size) in [0,1]; exact where S is `size`."""
+    return eval_view(crops, size)
+
+
+def eval_view(images: Tensor, size: int, share: float = 1.0) -> Tensor:
+    """The central square of images uint8 (B,3,H,W) as float32 (B,3,size,size) in [0,1]; exact if it has that size.
+
+    `share`: its side over the image's shorter side, which is the same as resizing to size/share and cutting the centre.
+    """
     batch, _, height, width = images.shape
-    if height == width == size:
+    if height == width == size and share == 1:
         return images.to(torch.float32).div_(255)
-    side = min(height, width)
+    side = max(1, round(min(height, width) * share))
     box = torch.tensor([(height - side) // 2, (width - side) // 2, side, side])
     return crop(images, Geometry(box.expand(batch, 4), torch.zeros(batch, dtype=torch.bool)), size)
 
 
 def strong_view(
-    clean: Tensor, config: DualViewsConfig, generator: torch.Generator, fill: Sequence[float] = GREY
+    clean: Tensor,
+    config: DualViewsConfig,
+    generator: torch.Generator,
+    fill: Sequence[float] = GREY,
+    part: Part | None = None,
 ) -> Tensor:
     """The augmentation that `config.strong` names, then colour jitter, of (B,3,S,S) in [0,1].
 
-    Only `randaugment_full` moves pixels; `fill`, a colour in [0,1], is what it shows beyond the image.
+    Only `randaugment_full` moves pixels; `fill`, a colour in [0,1], is what it shows beyond the image. `part`:
+    which rows of a batch these are.
     """
     settings = (config.num_ops, config.magnitude, config.magnitude_std, config.op_probability)
     if config.strong == "photometric":
-        augmented = rand_augment(clean, *settings, generator)
+        augmented = rand_augment(clean, *settings, generator, part)
     elif config.strong == "randaugment_full":
-        augmented = rand_augment_full(clean, *settings, fill, generator)
+        augmented = rand_augment_full(clean, *settings, fill, generator, part)
     else:
         assert config.strong == "three_augment", config.strong
-        augmented = three_augment(clean, generator)
-    return color_jitter(augmented, config.color_jitter, generator)
+        augmented = three_augment(clean, generator, part)
+    return color_jitter(augmented, config.color_jitter, generator, part)
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -223,13 +265,16 @@ def resize_normalised(
     return x * factors[0] + factors[1]
 
 
-def random_erasing(normalised: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def random_erasing(
+    normalised: Tensor, probability: float, generator: torch.Generator, part: Part | None = None
+) -> Tensor:
     """With `probability` per image, a box of (B,3,H,W) filled with standard normal noise, as timm's pixel mode.
 
     Area share uniform in [0.02, 1/3], height-to-width ratio log-uniform in [0.3, 1/0.3], up to 10 tries of a box
-    strictly smaller than the image. Returns a new tensor.
+    strictly smaller than the image. Returns a new tensor; where the images are `part` of a batch, the same as there.
     """
-    batch, channels, height, width = normalised.shape
+    part = part or whole(normalised)
+    batch, (channels, height, width) = part.whole, normalised.shape[1:]
     area_draw, ratio_draw = torch.rand(2, batch, CROP_TRIES, generator=generator, dtype=torch.float64)
     done_draw, y_draw, x_draw = torch.rand(3, batch, generator=generator, dtype=torch.float64)
     area = height * width * (0.02 + (1 / 3 - 0.02) * area_draw)
@@ -246,7 +291,13 @@ def random_erasing(normalised: Tensor, probability: float, generator: torch.Gene
     pixels = int((h * w)[done].sum()) * channels
     if pixels == 0:
         return normalised.clone()
-    noise = torch.randn(pixels, generator=generator).to(device=normalised.device, dtype=normalised.dtype)
+    noise = torch.randn(pixels, generator=generator)
+    if part.rows is not None:
+        noise = _own_noise(noise, (h * w).long() * channels, done, part.rows)
+        done, y, x, h, w = (part.take(drawn) for drawn in (done, y, x, h, w))
+        if not done.any():
+            return normalised.clone()
+    noise = noise.to(device=normalised.device, dtype=normalised.dtype)
     index = done.nonzero().flatten().to(normalised.device)
     top, left, tall, broad = torch.stack((y, x, h, w))[:, done].to(normalised.device).view(4, -1, 1, 1)
     row = torch.arange(height, device=normalised.device).view(1, -1, 1)
@@ -256,21 +307,36 @@ def random_erasing(normalised: Tensor, probability: float, generator: torch.Gene
     return normalised.index_copy(0, index, erased)
 
 
+def _own_noise(noise: Tensor, amounts: Tensor, done: Tensor, rows: Tensor) -> Tensor:
+    """What the erased images among `rows` take of the noise of a whole batch, which lies image after image."""
+    amounts = torch.where(done, amounts, 0)
+    pieces = noise.split(amounts.tolist())
+    return torch.cat([pieces[row] for row in rows.tolist()])
+
+
+OwnCrop = Callable[[torch.Generator], Tensor]
+
+
 def student_view(
-    images: Tensor,
+    images: Tensor | OwnCrop,
     clean: Tensor,
     data: StatisticsSettings,
     config: DualViewsConfig | SingleViewsConfig,
     generator: torch.Generator,
+    part: Part | None = None,
 ) -> Tensor:
     """What a student sees before mixing, normalised (B,3,S,S): the clean view, or its strong view with erasing.
 
-    images: uint8 (B,3,H,W), read only for a geometry of the student's own; clean: (B,3,S,S) in [0,1], left as it is.
+    images: uint8 (B,3,H,W), read only for a geometry of the student's own, or what makes the student's own crop,
+    (B,3,S,S) in [0,1], from the generator; clean: (B,3,S,S) in [0,1], left as it is. `part`: which rows of a batch.
     """
     if isinstance(config, SingleViewsConfig):
         return normalize(clean, data.mean, data.std)
     if config.geometry == "independent":
-        clean, _ = clean_view(images, data, clean.shape[-1], generator)
+        if isinstance(images, Tensor):
+            clean, _ = clean_view(images, data, clean.shape[-1], generator, part)
+        else:
+            clean = images(generator)
     # filled with the mean, as timm's training transform fills: zero for the student
-    strong = normalize(strong_view(clean, config, generator, fill=data.mean), data.mean, data.std)
-    return random_erasing(strong, config.erasing, generator)
+    strong = normalize(strong_view(clean, config, generator, data.mean, part), data.mean, data.std)
+    return random_erasing(strong, config.erasing, generator, part)

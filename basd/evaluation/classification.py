@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,15 @@ def predict(forward: Callable[[Tensor], Tensor], images: Tensor, batch_size: int
     No gradients are kept. Eval mode, preprocessing and moving to a device are the caller's, inside `forward`.
     """
     return torch.cat([forward(part).float().cpu() for part in torch.split(images, batch_size)])
+
+
+@torch.no_grad()
+def predict_batches(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Logits float32 (N,C) and labels int64 (N,), both on the CPU, of batches of preprocessed images and labels."""
+    logits, labels = zip(*((forward(images).float().cpu(), answers.cpu()) for images, answers in batches), strict=True)
+    return torch.cat(logits), torch.cat(labels)
 
 
 def evaluate(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int) -> Evaluation:

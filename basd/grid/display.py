@@ -200,7 +200,7 @@ def plan_summary(plan: Plan, states: Mapping[str, ArmState], left: Mapping[str, 
 
 def print_prediction(console: Console, plan: Plan, left: Mapping[str, int], probe: Probe, options: GridOptions) -> None:
     """How long `basd grid` will take, from a probe; and what failed in it."""
-    from basd.grid.probe import predict, worker_count
+    from basd.grid.probe import predict, predict_memory, worker_count
 
     for row in plan.rows:
         reason = probe.failed.get(row.configuration_key)
@@ -219,6 +219,28 @@ def print_prediction(console: Console, plan: Plan, left: Mapping[str, int], prob
         f"teacher), {own} a step for an arm.",
         markup=False,
     )
+    needed = predict_memory(left, plan.arms, probe, options)
+    if needed is not None:
+        console.print(_memory(*needed, processes=workers, device=options.device), markup=False)
+
+
+def _memory(count: int, arms: int, *, processes: int, device: str) -> str:
+    """What a process will hold, in a sentence; on CUDA of the device's memory, else of this machine's."""
+    from basd.training.cohort import choose_device
+    from basd.training.memory import gibibytes, total_bytes
+
+    used = choose_device(device)
+    total = total_bytes(used)
+    cohort = "with one arm" if arms == 1 else f"with a cohort of {arms} arms"
+    each = " each" if processes > 1 else ""
+    said = f"Memory: about {gibibytes(count)} {cohort}{each}"
+    said += f", at the peak of {used}" if used.type == "cuda" else ", resident"
+    said += f", of {gibibytes(total)}." if total else "."
+    # processes on one CPU share its memory
+    together = count if used.type == "cuda" else count * processes
+    if total and together > total:
+        said += " That is too much: lower runtime.cohort_size, runtime.processes or recipe.batch_size."
+    return said
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:

@@ -33,7 +33,7 @@ from basd.data.images import fingerprint
 from basd.errors import UserError
 from basd.grid.ablations import load_ablation, merge_overrides
 from basd.models.taps import attention_of
-from basd.training.cohort import choose_device
+from basd.training.cohort import check_device
 from basd.training.recipe import parse_duration
 from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher
 from basd.version import code_version
@@ -350,7 +350,8 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
             composed[row.name, seed] = dataclasses.replace(one, config=dataclasses.replace(one.config, seed=seed))
     if problems:
         raise UserError("\n".join(problems))
-    choose_device(composed[ablation.reference, seeds[0]].config.runtime.device)
+    for cell in composed.values():
+        check_device(cell.config)
     preparer = Preparer(progress)
     arms: dict[str, FrozenArm] = {}
     cells: dict[str, dict[int, str]] = {}

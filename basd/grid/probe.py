@@ -27,6 +27,7 @@ from basd.grid.options import GridOptions
 from basd.training import random_streams as streams
 from basd.training.arm import EVALUATION_BATCH
 from basd.training.cohort import ArmResult, Cohort, choose_device, cpu_threads
+from basd.training.memory import peak_bytes
 from basd.training.recorder import NullRecorder
 
 WARM = 2  # steps before the clock counts: first allocations, and the diagnostics of a first step
@@ -46,10 +47,24 @@ class Costs:
     steps_per_epoch: int
     validation_images: int
     test_images: int
+    # bytes at the peak of the cohort that was measured, by the device's allocator; on CPU what the process then held
+    peak: int | None = None
+    # of it, what each arm holds between steps (weights, gradients, optimizer), by configuration key; the others' mean for
+    # those that could not be measured
+    held: dict[str, int] = field(default_factory=dict)
+    # bytes of all arms that were measured side by side
+    held_then: int = 0
 
     def of_step(self, arm: FrozenArm) -> float:
         """S; the median of the others for an arm that could not be measured."""
         return self.step.get(arm.configuration_key, statistics.median(self.step.values()))
+
+    def memory(self, arms: Sequence[FrozenArm]) -> int | None:
+        """Bytes at the peak of a cohort of these arms: the measured peak with what they hold in place of what was held then."""
+        if self.peak is None or not self.held:
+            return None
+        usual = round(statistics.mean(self.held.values()))
+        return self.peak - self.held_then + sum(self.held.get(arm.configuration_key, usual) for arm in arms)
 
     def of_evaluations(self, arm: FrozenArm) -> float:
         """All evaluations of an arm: validation on its way and after its last step, then test and validation."""
@@ -79,7 +94,9 @@ class Probe:
 def structure_of(arm: FrozenArm) -> str:
     """Arms of one structure have the same T: the same data, teacher and batch size, whatever their seed and length."""
     fingerprints = [arm.data_fingerprint, arm.teacher_fingerprint]
-    return digest([arm.config["data"], arm.config["teacher"], arm.config["recipe"]["batch_size"], *fingerprints])
+    recipe, runtime = arm.config["recipe"], arm.config["runtime"]
+    forward = [recipe.get("accumulation", 1), runtime.get("precision", "auto"), runtime.get("compile", "auto")]
+    return digest([arm.config["data"], arm.config["teacher"], recipe["batch_size"], *forward, *fingerprints])
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -126,12 +143,17 @@ def _measure_structure(arms: Sequence[FrozenArm], folder: Path, failed: dict[str
         if part is None:
             return None
         parts.append(part)
+    # the cohort that used most beside what its arms hold
+    most = max(parts, key=lambda part: (part.peak or 0) - part.held_then)
     return dataclasses.replace(
         parts[0],
         setup=statistics.median(part.setup for part in parts),
         shared=statistics.median(part.shared for part in parts),
         step={key: seconds for part in parts for key, seconds in part.step.items()},
         evaluation={key: seconds for part in parts for key, seconds in part.evaluation.items()},
+        held={key: count for part in parts for key, count in part.held.items()},
+        peak=most.peak,
+        held_then=most.held_then,
     )
 
 
@@ -191,8 +213,7 @@ def _measure_cohort(leader: FrozenArm, arms: Sequence[FrozenArm], folder: Path, 
         built = {member.frozen.arm_key: member.arm for member in cohort.members}
         cohort.run()
         images = cohort.splits.validation
-        batch = slice(EVALUATION_BATCH)
-        sample = dataclasses.replace(images, images=images.images[batch], labels=images.labels[batch])
+        sample = images.subset(torch.arange(min(EVALUATION_BATCH, len(images))))
         evaluation: dict[str, float] = {}
         for key in (key for key in twins if key not in failed):
             if not evaluation:
@@ -200,17 +221,23 @@ def _measure_cohort(leader: FrozenArm, arms: Sequence[FrozenArm], folder: Path, 
             began = clock.now()
             built[key].evaluate(sample, "val")
             evaluation[key] = (clock.now() - began) / len(sample)
+        peak = peak_bytes(cohort.device)
+        held = {key: built[key].held_bytes() for key in ("leader", *evaluation) if key in built}
     if leader.configuration_key in failed:
         return None
-    step = {key: clock.median(key) for key in evaluation}
+    # the cohort tells of each part of a step
+    step = {key: clock.median(key) * cohort.accumulation for key in evaluation}
     return Costs(
         setup=setup,
-        shared=max(0.0, clock.median("leader") - step[leader.configuration_key]),
+        shared=max(0.0, clock.median("leader") * cohort.accumulation - step[leader.configuration_key]),
         step=step,
         evaluation=evaluation,
         steps_per_epoch=cohort.steps_per_epoch,
         validation_images=len(cohort.splits.validation),
         test_images=len(cohort.splits.test),
+        peak=peak,
+        held={key: count for key, count in held.items() if key != "leader"},
+        held_then=sum(held.values()),
     )
 
 
@@ -244,6 +271,28 @@ def predict(
         waiting = [arm for arm in waiting if arm.arm_key not in taken]
         heapq.heapreplace(free, free[0] + _cohort_seconds(claimed, steps, probe.costs[structure_of(claimed[0])]))
     return max(free) * _crowding(options, len(free))
+
+
+def predict_memory(
+    steps: Mapping[str, int], arms: Mapping[str, FrozenArm], probe: Probe, options: GridOptions
+) -> tuple[int, int] | None:
+    """Bytes at the peak of the largest cohort that `basd grid` will train, and how many arms it has; None where unknown."""
+    waiting = [arms[key] for key, left in steps.items() if left > 0]
+    share = min(options.cohort_size, math.ceil(len(waiting) / worker_count(options))) if waiting else 0
+    cohorts: dict[str, list[FrozenArm]] = {}
+    for arm in waiting:
+        cohorts.setdefault(arm.cohort_key, []).append(arm)
+    found: list[tuple[int, int]] = []
+    for members in cohorts.values():
+        costs = probe.costs.get(structure_of(members[0]))
+        if costs is None:
+            continue
+        # those that hold most may be claimed together
+        largest = sorted(members, key=lambda arm: costs.held.get(arm.configuration_key, 0), reverse=True)[:share]
+        needed = costs.memory(largest)
+        if needed is not None:
+            found.append((needed, len(largest)))
+    return max(found, default=None)
 
 
 def worker_count(options: GridOptions) -> int:

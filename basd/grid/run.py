@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from basd import distributed
 from basd.errors import UserError
 from basd.grid.display import Display, steps_done
 from basd.grid.ledger import ArmState, Ledger
@@ -79,11 +80,15 @@ class Workers:
 
     def start(self) -> None:
         """Start one more worker in a free slot; its output goes to a log named after it."""
+        from basd.data.feed import TRAINERS
+
         slot = next(i for i in range(self.limit) if i not in self._running)
         self.logs.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = str(self.options.threads)
+        # what the cores are shared by
+        environment[TRAINERS] = str(self.limit)
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
         command = [sys.executable, "-m", "basd.grid.worker", "--plan", str(self._plan)]
@@ -192,7 +197,10 @@ def run_grid(plan: Plan, options: GridOptions, *, console: Console | None = None
     outcome = Outcome(seconds={"prepare": time.monotonic() - began, "start": 0.0, "train": 0.0, "mirror": 0.0})
     if len(before) < len(keys):
         mirror.start()
-        _work(plan, options, ledger, plan_path, outcome, console, quiet)
+        if distributed.world() > 1:
+            _work_here(plan, options, ledger, outcome, console, quiet)
+        else:
+            _work(plan, options, ledger, plan_path, outcome, console, quiet)
     _settle(plan, options, ledger, mirror, outcome, before)
     outcome.wall_seconds = time.monotonic() - began
     return outcome
@@ -221,6 +229,51 @@ def _work(
         display.close()
         ledger.close()
     outcome.workers_started, outcome.worker_deaths = workers.started, workers.deaths
+    ended = time.monotonic()
+    first = display.first_progress or ended
+    outcome.seconds["start"], outcome.seconds["train"] = first - began, ended - first
+
+
+def _work_here(
+    plan: Plan, options: GridOptions, ledger: Ledger, outcome: Outcome, console: Console, quiet: bool
+) -> None:
+    """Train in this process, which torchrun started together with others, until every arm is complete or has failed for good."""
+    from basd.grid.worker import Stop, Worker, load_trainer
+
+    keys = list(plan.arms)
+    display = Display(console, plan.name, sum(arm.total_steps for arm in plan.arms.values()), len(keys), quiet=quiet)
+    stop = Stop()
+    stop.listen()
+    shown = [-POLL]
+
+    def train(arms: Any, directories: Any, recorders: Any, *, progress: Any, **callbacks: Any) -> Any:
+        def report(key: str, step: int, total: int) -> None:
+            progress(key, step, total)
+            if time.monotonic() - shown[0] >= POLL:
+                states = ledger.arms(keys)
+                count = Counter(state.state for state in states.values())
+                failed = sum(state.permanent for state in states.values())
+                display.update(_steps(plan, options, states), count["complete"], failed)
+                shown[0] = time.monotonic()
+
+        return load_trainer(options.trainer)(arms, directories, recorders, progress=report, **callbacks)
+
+    began = time.monotonic()
+    outcome.workers_started = 1
+    try:
+        while not stop():
+            Worker(plan.arms, ledger, options, train=train, stop=stop).work()
+            ledger.reap_stale(keys)
+            # arms that other workers have may come back
+            if not any(state.state in ("waiting", "running", "stale") for state in ledger.arms(keys).values()):
+                break
+            time.sleep(POLL)
+    finally:
+        display.close()
+        ledger.close()
+    outcome.interrupted = stop()
+    if outcome.interrupted:
+        display.say(f"Stopped after a checkpoint. Run `basd grid {plan.name}` again to go on from here.")
     ended = time.monotonic()
     first = display.first_progress or ended
     outcome.seconds["start"], outcome.seconds["train"] = first - began, ended - first

@@ -19,7 +19,7 @@ from basd.grid.worker import Stop, Worker, load_trainer
 from basd.grid.worker import prepare as prepare_directory
 from basd.tracking.journal import Journal, last_event
 from basd.tracking.mirror import Mirror, check_tracking, is_mirrored
-from basd.training.cohort import choose_device
+from basd.training.cohort import check_device
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def frozen_arm(
     """The arm that a command line describes, and notices about overrides that change nothing."""
     composed = compose(overrides)
     setting = setting_name(overrides)
-    choose_device(composed.config.runtime.device)
+    check_device(composed.config)
     notices = [*without_effect(composed.config, overridden_keys(overrides)), *remarks(composed.config)]
     return freeze(composed, setting, prepare(composed.config, teacher_progress)), notices
 

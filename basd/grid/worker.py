@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from basd.distributed import PeerLostError
 from basd.errors import UserError
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
@@ -157,6 +158,8 @@ class Worker:
                 )
                 for result in results:
                     finished(result)
+            except PeerLostError:
+                raise  # not the arms' fault: they are given back below
             except Exception as error:
                 log.exception("the cohort failed")
                 for key in sorted(open_keys & set(cohort)):

@@ -6,7 +6,7 @@ distillation token `deit_tiny_distilled_patch16_224`) and back; nothing else of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,15 +100,26 @@ class StudentOutput:
 class TappedStudent:
     """Runs a student and gathers what the losses read. Not a module: it owns no parameter."""
 
-    def __init__(self, model: VisionTransformer, points: Sequence[int], attention: bool) -> None:
+    def __init__(
+        self,
+        model: VisionTransformer,
+        points: Sequence[int],
+        attention: bool,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda forward: forward,
+    ) -> None:
+        """`wrap(forward)` is what runs the forward pass, such as a compiled form of it."""
         self.model = model
         self.points = tuple(points)
         self.attention = attention
         self.grid = grid_of(model)
         self._taps = Taps(model, self.points, self.points if attention else (), features=True)
+        self._run = wrap(self._forward)
 
     def __call__(self, images: Tensor) -> StudentOutput:
         """images: (B, 3, S, S), normalised."""
+        return self._run(images)
+
+    def _forward(self, images: Tensor) -> StudentOutput:
         with self._taps.record() as tapped:
             answer = self.model(images)
         logits, distillation_logits = answer if isinstance(answer, tuple) else (answer, None)

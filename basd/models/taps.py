@@ -31,13 +31,13 @@ class Tapped:
     keys: dict[int, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
 
-    def scores(self, block: int) -> Tensor:
-        """Pre-softmax attention q kᵀ/√d of a block, (B, H, P+N, P+N)."""
-        return self.queries[block] @ self.keys[block].transpose(-2, -1)
+    def scores(self, block: int, images: slice = slice(None)) -> Tensor:
+        """Pre-softmax attention q kᵀ/√d of a block, (B, H, P+N, P+N), of all images or some."""
+        return self.queries[block][images] @ self.keys[block][images].transpose(-2, -1)
 
-    def attention(self, block: int) -> Tensor:
-        """Attention probabilities of a block, (B, H, P+N, P+N); rows sum to 1."""
-        return self.scores(block).softmax(dim=-1)
+    def attention(self, block: int, images: slice = slice(None)) -> Tensor:
+        """Attention probabilities of a block, (B, H, P+N, P+N), of all images or some; rows sum to 1."""
+        return self.scores(block, images).softmax(dim=-1)
 
 
 def check_tappable(model: nn.Module, name: str) -> VisionTransformer:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from basd.errors import UserError
+from basd.models.checkpoints import Checkpoint, WeightsFile, check_fit, native_size, read_checkpoint
 from basd.models.resampling import resample_attention
 from basd.models.taps import Tapped, Taps, attention_of, check_tappable, grid_of, patch_attention
 
 T = TypeVar("T")
+
+# Bytes of attention maps that are worked on at once on a CPU.
+CACHED_BYTES = 2**21
 
 
 @dataclass
@@ -40,8 +45,13 @@ class DigitsViTConfig:
     lr: float = field(default=1e-3, metadata={"min": 0.0})
     weight_decay: float = field(default=0.05, metadata={"min": 0.0})
     seed: int = 0
-    # A safetensors file to use instead of fitting one.
+    # A file of weights (.safetensors or .pth) to use instead of fitting one.
     weights: str | None = None
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that `weights` names."""
+        return Path(self.weights).expanduser() if self.weights is not None else None
 
 
 @dataclass
@@ -51,7 +61,8 @@ class TimmTeacherConfig:
     name: str = "timm"
     model: str = "vit_small_patch14_dinov2.lvd142m"
     image_size: int = field(default=224, metadata={"min": 1})
-    # "hub": timm's pretrained weights; "random": none (to measure speed); otherwise a safetensors file in timm's layout.
+    # "hub": timm's pretrained weights; "random": none (to measure speed); otherwise a file, .safetensors or .pth, in the
+    # layout of DINOv2's release or of timm.
     weights: str = "hub"
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
@@ -66,6 +77,11 @@ class TimmTeacherConfig:
     def architecture(self) -> str:
         """timm's model name without the tag of the weights."""
         return self.model.split(".")[0]
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that `weights` names; None: the hub's weights or random ones."""
+        return None if self.weights in ("hub", "random") else Path(self.weights).expanduser()
 
 
 TEACHERS: dict[str, type] = {"digits_vit": DigitsViTConfig, "timm": TimmTeacherConfig}
@@ -93,9 +109,56 @@ def build_digits_vit(config: DigitsViTConfig, classes: int) -> VisionTransformer
 def build_timm_teacher(config: TimmTeacherConfig, classes: int | None = None) -> VisionTransformer:
     """A timm ViT with its weights, and with the checkpoint's own head where `config.head` and `classes` of the data ask for it.
 
-    `UserError` where the name, the family, the weights or the head do not fit. Without `classes` there is no head.
+    `UserError` where the name, the family, the image size, the weights or the head do not fit, before anything large is
+    built. Without `classes` there is no head.
     """
+    from timm.models import get_pretrained_cfg
+
+    structure, checkpoint = _checked(config)
+    offered = get_pretrained_cfg(config.model)
+    if checkpoint is not None:
+        own, size = checkpoint.classes if checkpoint.one_head else 0, native_size(checkpoint, structure)
+    elif offered is not None:
+        # one name of a classifier, not two as DeiT's distilled models have
+        own, size = offered.num_classes if isinstance(offered.classifier, str) else 0, offered.input_size[-1]
+    else:
+        own = size = 0
+    kept = _own_head_classes(config, own, classes)
+    try:
+        model = _create(config, checkpoint, size, kept)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _not_built(config, error) from error
+    return check_tappable(model, config.model)
+
+
+def check_timm_teacher(config: TimmTeacherConfig) -> WeightsFile | None:
+    """`UserError` where `build_timm_teacher` would refuse, nothing built or downloaded; what the file is, where one is given."""
+    _, checkpoint = _checked(config)
+    return checkpoint.file if checkpoint is not None else None
+
+
+def _checked(config: TimmTeacherConfig) -> tuple[VisionTransformer, Checkpoint | None]:
+    """The model on the meta device, and the file's weights, which fit it; None for the hub's or random ones."""
+    _check_name(config)
+    try:
+        structure = _structure(config)
+        if config.weights_file is None:
+            return structure, None
+        checkpoint = read_checkpoint(config.weights_file)
+        structure.reset_classifier(checkpoint.classes)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _not_built(config, error) from error
+    check_fit(checkpoint, structure, config.architecture, "choose the teacher.model that it belongs to")
+    return structure, checkpoint
+
+
+def _check_name(config: TimmTeacherConfig) -> None:
     import timm
+    from timm.models import list_pretrained
 
     known = timm.is_model(config.architecture)
     if not known:
@@ -108,62 +171,50 @@ def build_timm_teacher(config: TimmTeacherConfig, classes: int | None = None) ->
             f"teacher.model={config.model} is of timm's {builder.__module__.rpartition('.')[2]} family; choose a model of "
             "the VisionTransformer family, such as vit_small_patch14_dinov2 or deit_small_patch16_224."
         )
-    try:
-        checkpoint = _read_checkpoint(config)
-        model = _create(config, checkpoint, _own_head_classes(config, checkpoint, classes))
-    except UserError:
-        raise
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    tagged = list_pretrained(f"{config.architecture}.*")
+    if "." in config.model and config.model not in tagged:
+        hint = f"choose {' or '.join(tagged)}" if tagged else f"timm has none; choose {config.architecture}"
+        raise UserError(f"teacher.model={config.model} is not a tag of timm's weights; {hint}.")
+
+
+def _not_built(config: TimmTeacherConfig, error: Exception) -> UserError:
+    return UserError(
+        f"the teacher {config.model} cannot be built with teacher.weights={config.weights} ({_said(error)}); "
+        "give teacher.weights=FILE in the layout of DINOv2's release or of timm, or teacher.weights=random."
+    )
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _structure(config: TimmTeacherConfig) -> VisionTransformer:
+    """The model on the meta device: its structure, in no time and memory. `UserError` where it cannot be a teacher."""
+    import timm
+
+    with torch.device("meta"):
+        built = timm.create_model(config.architecture, pretrained=False, num_classes=0, img_size=config.image_size)
+    model = check_tappable(built, f"teacher.model={config.model}")
+    patch = int(model.patch_embed.patch_size[0])
+    if config.image_size % patch:
+        below = config.image_size // patch * patch
+        sizes = " or ".join(str(size) for size in (below, below + patch) if size)
         raise UserError(
-            f"the teacher {config.model} cannot be built with teacher.weights={config.weights} ({first}); "
-            "give teacher.weights=FILE.safetensors in timm's layout, or teacher.weights=random."
-        ) from error
-    return check_tappable(model, config.model)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """What is known of a timm checkpoint before it is loaded."""
-
-    # of its one classification head; 0: none, or two as DeiT's distilled models have
-    classes: int
-    # pixels a side that its positions are for; 0: not known
-    image_size: int
-    # rows of the head in a file; None: not a file
-    file_head: int | None = None
-
-
-def _read_checkpoint(config: TimmTeacherConfig) -> _Checkpoint:
-    from timm.models import get_pretrained_cfg
-
-    if config.weights in ("hub", "random"):
-        known = get_pretrained_cfg(config.model)
-        if known is None:
-            return _Checkpoint(0, 0)
-        one_head = isinstance(known.classifier, str)
-        return _Checkpoint(known.num_classes if one_head else 0, known.input_size[-1])
-    if not config.weights.endswith(".safetensors"):
-        raise UserError(
-            f"teacher.weights={config.weights} must be hub, random or a .safetensors file in timm's layout."
+            f"teacher.image_size={config.image_size} is not a multiple of the {patch} pixels of a patch of {config.model}; "
+            f"choose {sizes}."
         )
-    with safe_open(config.weights, framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    rows = shapes["head.weight"][0] if "head.weight" in shapes else 0
-    # a class token's position makes the count one more than a square
-    side = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else 0
-    image_size = side * shapes["patch_embed.proj.weight"][-1]
-    return _Checkpoint(0 if "head_dist.weight" in shapes else rows, image_size, rows)
+    return model
 
 
-def _own_head_classes(config: TimmTeacherConfig, checkpoint: _Checkpoint, classes: int | None) -> int:
-    """Classes of the own head that the teacher keeps; 0: none."""
+def _own_head_classes(config: TimmTeacherConfig, own: int, classes: int | None) -> int:
+    """Classes of the own head that the teacher keeps; 0: none. `own`: those of the checkpoint's one head, 0 without one."""
     if classes is None or config.head == "probe":
         return 0
-    if checkpoint.classes == classes:
+    if own == classes:
         return classes
     if config.head == "own":
-        has = f"one of {checkpoint.classes} classes" if checkpoint.classes else "no single classification head"
+        has = f"one of {own} classes" if own else "no single classification head"
         raise UserError(
             f"teacher.head=own needs a head of the data's {classes} classes, but {config.model} has {has}; "
             "choose teacher.head=probe."
@@ -171,7 +222,10 @@ def _own_head_classes(config: TimmTeacherConfig, checkpoint: _Checkpoint, classe
     return 0
 
 
-def _create(config: TimmTeacherConfig, checkpoint: _Checkpoint, classes: int) -> nn.Module:
+def _create(
+    config: TimmTeacherConfig, checkpoint: Checkpoint | None, native: int, classes: int
+) -> VisionTransformer | nn.Module:
+    """The model with its weights. `checkpoint`: None for the hub's or random ones; `native`: pixels of its positions."""
     import timm
 
     dinov2 = "dinov2" in config.architecture
@@ -181,23 +235,48 @@ def _create(config: TimmTeacherConfig, checkpoint: _Checkpoint, classes: int) ->
             # timm's untrained DINOv2 has LayerScale 1e-5: every block would be the identity
             options["init_values"] = 1.0
         return timm.create_model(config.architecture, pretrained=False, **options)
-    as_original = dinov2 and config.position_interpolation == "original" and checkpoint.image_size > 0
+    as_original = dinov2 and config.position_interpolation == "original" and native > 0
     if as_original:
         # at the checkpoint's own size the positions come through as they are
-        options["img_size"] = checkpoint.image_size
-    if config.weights != "hub":
-        # with the file's own head timm's loader is strict about every other weight; it resamples the positions
-        rows = checkpoint.file_head
-        overlay = {"file": config.weights, "num_classes": rows, "custom_load": False}
-        options.update(num_classes=rows, pretrained_cfg_overlay=overlay)
-    model: Any = timm.create_model(config.model, pretrained=True, **options)
+        options["img_size"] = native
+    model: Any = _from_hub(config, options) if checkpoint is None else _from_file(config, checkpoint, options)
     if model.num_classes != classes:
         model.reset_classifier(classes)
-    if as_original and checkpoint.image_size != config.image_size:
+    if as_original and native != config.image_size:
         positions = model.pos_embed.detach()
         model.set_input_size(img_size=(config.image_size, config.image_size))
         registers = model.num_reg_tokens > 0
         model.pos_embed = nn.Parameter(interpolate_dinov2_positions(positions, grid_of(model), registers))
+    return model
+
+
+def _from_hub(config: TimmTeacherConfig, options: dict[str, Any]) -> nn.Module:
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    offered = get_pretrained_cfg(config.model)
+    if offered is None or not offered.has_weights:
+        raise UserError(f"timm offers no weights for teacher.model={config.model}; give teacher.weights=FILE.")
+    try:
+        return timm.create_model(config.model, pretrained=True, **options)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
+            raise
+        raise UserError(
+            f"the weights of teacher.model={config.model} cannot be downloaded ({_said(error)}); give teacher.weights=FILE, "
+            "a file fetched elsewhere, in the layout of DINOv2's release or of timm."
+        ) from error
+
+
+def _from_file(config: TimmTeacherConfig, checkpoint: Checkpoint, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    # with the file's own head timm's loader is strict about every other weight; it resamples the positions
+    overlay = {"state_dict": checkpoint.state, "num_classes": checkpoint.classes, "custom_load": False}
+    options = {**options, "num_classes": checkpoint.classes, "pretrained_cfg_overlay": overlay}
+    model: Any = timm.create_model(config.model, pretrained=True, **options)
+    # timm leaves a copy of all weights there
+    del model.pretrained_cfg["state_dict"]
     return model
 
 
@@ -292,15 +371,23 @@ class TeacherOutput:
     def attention(self, grid: tuple[int, int]) -> Tensor:
         """Attention of every layer on the given grid, (L, B, H_t, 1+N, 1+N), rows sum to 1.
 
-        One layer's map at a time is rebuilt and resampled at once, so the full-size maps never lie side by side.
+        A few images of one layer at a time are rebuilt and resampled at once: full-size maps never lie side by side, and
+        on a CPU they stay in its cache.
         """
 
         def compute() -> Tensor:
-            maps = []
-            for block in sorted(self._tapped.queries):
-                full = patch_attention(self._tapped.attention(block), self._prefix)
-                maps.append(resample_attention(full, grid, self.grid))
-            return torch.stack(maps)
+            blocks = sorted(self._tapped.queries)
+            batch, heads, length, _ = self._tapped.queries[blocks[0]].shape
+            tokens = 1 + grid[0] * grid[1]
+            maps = self._tapped.queries[blocks[0]].new_empty(len(blocks), batch, heads, tokens, tokens)
+            own = heads * length * length * maps.element_size()
+            images = max(1, CACHED_BYTES // own) if maps.device.type == "cpu" else batch
+            for layer, block in enumerate(blocks):
+                for start in range(0, batch, images):
+                    part = slice(start, start + images)
+                    full = patch_attention(self._tapped.attention(block, part), self._prefix)
+                    resample_attention(full, grid, self.grid, out=maps[layer, part])
+            return maps
 
         return self.shared(("attention", grid), compute)
 
@@ -308,11 +395,21 @@ class TeacherOutput:
 class Teacher:
     """A frozen ViT. Not a module, so `model.train()` on anything cannot reach it."""
 
-    def __init__(self, model: VisionTransformer, attention: bool = True, head: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: VisionTransformer,
+        attention: bool = True,
+        head: nn.Module | None = None,
+        half: torch.dtype | None = None,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda forward: forward,
+    ) -> None:
         """`attention=False` leaves queries and keys unread, where no arm uses them.
 
         `head` maps pre-logits features (B, D_t) to logits (B, C); it is frozen and moved to the model's device.
+        `half`: the type that autocast computes the backbone in; queries, keys and maps are then of this type, tokens (the
+        residual stream) stay float32. `wrap(forward)` is what runs the forward pass, such as a compiled form of it.
         """
+        self.half = half
         self.model = model.eval().requires_grad_(False)
         self.shape = teacher_shape(model)
         self.head = head
@@ -321,19 +418,29 @@ class Teacher:
             self.head = head.to(device).eval().requires_grad_(False)
         layers = range(self.shape.depth)
         self._taps = Taps(model, layers, layers if attention else ())
+        self._run = wrap(self._forward)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> TeacherOutput:
         """images: (B, 3, S, S), normalised as the teacher was trained."""
         assert not self.model.training
-        with self._taps.record() as tapped:
-            final = self.model.forward_features(images)
-        prefix = self.model.num_prefix_tokens
-        stacked = torch.stack([tapped.tokens[i] for i in range(self.shape.depth)])
+        cast = nullcontext() if self.half is None else torch.autocast(images.device.type, self.half)
+        with cast:
+            tokens, cls, tapped, final = self._run(images)
 
         def pre_logits() -> Tensor:
             return self.model.forward_head(final, pre_logits=True)
 
-        return TeacherOutput(
-            stacked[:, :, prefix:], stacked[:, :, 0], self.shape.grid, tapped, prefix, pre_logits, self.head
-        )
+        prefix = self.model.num_prefix_tokens
+        return TeacherOutput(tokens, cls, self.shape.grid, tapped, prefix, pre_logits, self.head)
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tapped, Tensor]:
+        """Patch tokens of all blocks (L, B, N, D) and cls (L, B, D), queries and keys, the tokens after the final norm."""
+        with self._taps.record() as tapped:
+            final = self.model.forward_features(images)
+        blocks = [tapped.tokens[i] for i in range(self.shape.depth)]
+        tokens = torch.stack([block[:, self.model.num_prefix_tokens :] for block in blocks])
+        cls = torch.stack([block[:, 0] for block in blocks])
+        # these are copies: the blocks' own outputs would double what a step keeps
+        tapped.tokens = {}
+        return tokens, cls, tapped, final

@@ -1,6 +1,7 @@
 """`python -m basd.training ARM.json …`: run frozen arms of one cohort, with only torch and timm installed.
 
 Each arm's directory is the folder of its file. Metrics go to `metrics.jsonl` there; nothing is tracked or reported.
+`torchrun --nproc_per_node=N -m basd.training ARM.json …` trains on several devices.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from basd.distributed import PeerLostError, launched
 from basd.errors import UserError
 from basd.training.cohort import read_arm, train_cohort
+from basd.training.team import together
 
 
 class FileRecorder:
@@ -42,6 +45,15 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: python -m basd.training ARM.json …", file=sys.stderr)
         return 2
+    try:
+        return together(lambda: run(arguments)) if launched() else run(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(arguments: list[str]) -> int:
+    """Train the arms of these files and print what became of them; returns the exit status."""
     paths = [Path(argument) for argument in arguments]
     try:
         arms = [read_arm(path) for path in paths]
@@ -54,6 +66,9 @@ def main(arguments: list[str]) -> int:
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except PeerLostError as error:
+        print(error, file=sys.stderr)
+        return 1
     for result in results:
         print(result.arm_key, result.status, result.reason, json.dumps(result.metrics))
     return 0 if all(result.status == "complete" for result in results) else 1

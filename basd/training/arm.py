@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from basd.components.comparison import TWO_VIEWS, TwoViews
 from basd.components.sizes import Sizes
 from basd.config import Config
-from basd.data.images import ImageSet
-from basd.data.views import eval_view, normalize
-from basd.evaluation.classification import classification_metrics, predict
+from basd.data.feed import evaluation_batches, worker_count
+from basd.data.images import ImageSource
+from basd.data.views import normalize
+from basd.distributed import average_gradients, join_shares, own_share, rank, world
+from basd.evaluation.classification import classification_metrics, predict_batches
 from basd.models.student import StudentOutput, TappedStudent, build_student
 from basd.models.taps import grid_of
 from basd.models.teacher import TeacherOutput, TeacherShape
 from basd.objective import Objective, Parts
 from basd.training import random_streams as streams
 from basd.training.batches import StepBatch, TeacherViews
+from basd.training.ema import WeightAverage
+from basd.training.memory import bytes_of
+from basd.training.precision import autocast, choose_precision, compiler, half_type, make_scaler
 from basd.training.recipe import learning_rate, parse_duration
 
 EVALUATION_BATCH = 256
+# Under this loss scale even float16's smallest number would be lost: gradients are not finite for another reason.
+LEAST_LOSS_SCALE = 2.0**-24
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a step is not a number; the arm fails, its cohort goes on."""
 
 
+Scalars = dict[str, Tensor | float]
+
+
 class TrainingArm:
-    """Trains one student. `step` counts finished steps."""
+    """Trains one student. `step` counts finished steps; a step takes in `recipe.accumulation` parts of its batch."""
 
     def __init__(
         self,
@@ -57,8 +68,16 @@ class TrainingArm:
             self.student = build_student(config.student, classes).to(device)
         self.objective = self._build_objective(config, teacher).to(device)
         demands = self.objective.demands
-        self.tapped = TappedStudent(self.student, config.points if demands.points else (), demands.maps)
+        # before the taps: their hooks would be copied with the student
+        self.average = WeightAverage(self.student, recipe.ema_decay) if recipe.ema_decay > 0 else None
+        points = config.points if demands.points else ()
+        self.tapped = TappedStudent(self.student, points, demands.maps, compiler(config.runtime.compile, device))
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=recipe.lr, fused=True)
+        self.precision = choose_precision(config.runtime.precision, device)
+        self._half = half_type(config.runtime.precision, device)
+        self._scaler = make_scaler(device, self._half)
+        # parts of the running step that are taken in, and what they said
+        self._taken: list[Scalars] = []
 
     def _build_objective(self, config: Config, teacher: TeacherShape | None) -> Objective:
         parts = Parts(
@@ -105,37 +124,87 @@ class TrainingArm:
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def train_step(self, batch: StepBatch, teacher: TeacherViews | None) -> dict[str, Tensor | float]:
-        """One step; returns the named parts of the objective, the learning rate and the gradient norm."""
-        recipe = self.config.recipe
-        epoch_ends = (self.step + 1) % self.steps_per_epoch == 0 or self.step + 1 == self.total_steps
-        rate = learning_rate(self.step, self.total_steps, self.warmup_steps, recipe.lr, recipe.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    @property
+    def weights(self) -> list[Tensor]:
+        """Everything that is the same on every process from the first step on."""
+        modules = [self.student, self.objective, *([self.average.student] if self.average else [])]
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def train_step(self, batch: StepBatch, teacher: TeacherViews | None) -> Scalars | None:
+        """One part of a step; after its last part the named parts of the objective, the learning rate and the gradient norm.
+
+        With `recipe.accumulation` = 1 the one part is the step. Before the last part: None.
+        """
+        count, part = self.config.recipe.accumulation, len(self._taken)
         images, targets, mix = batch.student_images(self.config)
         self.student.train()
         self.objective.train()
-        with streams.isolated(self.config.seed, streams.ARM_STEP, batch.epoch, batch.step):
-            student: StudentOutput = self.tapped(images)
-            seen, views = self._teacher_side(batch, teacher, self.objective.active(mix, self.step))
-            diagnose = self.step == 0 or epoch_ends
+        purpose = streams.ARM_STEP if part == 0 else f"{streams.ARM_STEP}/{part}"
+        if rank() > 0:
+            # drop path draws in here: images of other processes have other masks
+            purpose = f"{purpose}/rank{rank()}"
+        with streams.isolated(self.config.seed, purpose, batch.epoch, batch.step):
+            with autocast(self.device, self._half):
+                student: StudentOutput = self.tapped(images)
+                seen, views = self._teacher_side(batch, teacher, self.objective.active(mix, self.step))
+            diagnose = part == 0 and (self.step == 0 or self._epoch_ends)
             output = self.objective(student, seen, targets, mix, self.step, batch.generator, diagnose, views)
-            if not math.isfinite(float(output.total.detach())):
-                raise NonFiniteLossError(f"the loss of step {self.step} is not finite ({float(output.total.detach())})")
-            self.optimizer.zero_grad(set_to_none=True)
-            output.total.backward()
-        norm = None
+            # the loss of all processes: they decide alike
+            loss = float(output.parts["train/loss"])
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(f"the loss of step {self.step} is not finite ({loss})")
+            if part == 0:
+                self.optimizer.zero_grad(set_to_none=True)
+            total = output.total if count == 1 else output.total / count
+            (total if self._scaler is None else self._scaler.scale(total)).backward()
+        self._taken.append(output.parts)
+        if part + 1 < count:
+            return None
+        return self._finish_step()
+
+    @property
+    def _epoch_ends(self) -> bool:
+        """Whether the running step is the last of an epoch."""
+        return (self.step + 1) % self.steps_per_epoch == 0 or self.step + 1 == self.total_steps
+
+    def _finish_step(self) -> Scalars:
+        """Update the weights with the gradients of all parts."""
+        recipe, epoch_ends = self.config.recipe, self._epoch_ends
+        rate = learning_rate(self.step, self.total_steps, self.warmup_steps, recipe.lr, recipe.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = _means(self._taken)
+        self._taken = []
+        parts["train/lr"] = rate
+        average_gradients(self.parameters)
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
         if recipe.clip_grad > 0:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.clip_grad)
-        self.optimizer.step()
+            # of a step that the scaler leaves out there is none
+            if self._scaler is None or bool(norm.isfinite()):
+                parts["train/grad_norm"] = norm
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaled_step(self._scaler, parts)
         self.step += 1
-        parts = dict(output.parts)
-        parts["train/lr"] = rate
-        if norm is not None:
-            parts["train/grad_norm"] = norm
+        if self.average is not None:
+            self.average.update(self.student, self.step)
         if epoch_ends:
             self._remember_selector()
         return parts
+
+    def _scaled_step(self, scaler: torch.amp.GradScaler, parts: Scalars) -> None:
+        """The optimizer's step, left out where the scaled gradients overflowed: the scale is then lowered, and that is all."""
+        scaler.step(self.optimizer)
+        scaler.update()
+        scale = scaler.get_scale()
+        if scale < LEAST_LOSS_SCALE:
+            raise NonFiniteLossError(
+                f"the gradients of step {self.step} are not finite at any loss scale; choose runtime.precision=bf16 or fp32."
+            )
+        parts["train/loss_scale"] = scale
 
     def _teacher_side(
         self, batch: StepBatch, teacher: TeacherViews | None, active: list[str]
@@ -158,18 +227,37 @@ class TrainingArm:
             # an epoch without an active loss has no α to write
             self.objective.set_layer_shares(None)
 
-    def evaluate(self, images: ImageSet, split: str) -> dict[str, float]:
-        """`<split>/top1`, `/top5`, `/nll`, `/ece` of the student as it is now."""
-        self.student.eval()
+    @property
+    def exported(self) -> VisionTransformer:
+        """The student that is evaluated and exported: the average where there is one, else the last weights."""
+        return self.student if self.average is None else self.average.student
+
+    def held_bytes(self) -> int:
+        """Bytes that stay between steps: weights, gradients, optimizer, average."""
+        tensors = self.weights
+        tensors += [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        states = self.optimizer.state.values()
+        tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return bytes_of(tensors)
+
+    def evaluate(self, images: ImageSource, split: str) -> dict[str, float]:
+        """`<split>/top1`, `/top5`, `/nll`, `/ece` of the student that would be exported now, in float32."""
+        student = self.exported.eval()
         data = self.config.data
 
-        def forward(part: Tensor) -> Tensor:
-            view = eval_view(part.to(self.device), self.config.student.image_size)
-            return self.student(normalize(view, data.mean, data.std))
+        def forward(view: Tensor) -> Tensor:
+            return student(normalize(view, data.mean, data.std))
 
-        with torch.no_grad():
-            logits = predict(forward, images.images, EVALUATION_BATCH)
-        return {f"{split}/{name}": value for name, value in classification_metrics(logits, images.labels).items()}
+        # each process takes its share of the images
+        seen = images if world() == 1 else images.subset(own_share(len(images)))
+        size, share = self.config.student.image_size, getattr(data, "eval_crop", 1.0)
+        workers = worker_count(self.config.runtime.workers, self.device)
+        views = evaluation_batches(seen, size, share, EVALUATION_BATCH, self.device, workers)
+        logits, labels = (join_shares(part, len(images)) for part in predict_batches(forward, views))
+        # what cannot be decoded is left out
+        readable = labels >= 0
+        metrics = classification_metrics(logits[readable], labels[readable])
+        return {f"{split}/{name}": value for name, value in metrics.items()}
 
     def state(self) -> dict[str, Any]:
         """Everything that a later step depends on."""
@@ -180,6 +268,8 @@ class TrainingArm:
             "optimizer": self.optimizer.state_dict(),
             "selector_history": self.selector_history,
             "layer_shares": self.objective.layer_shares(),
+            "average": None if self.average is None else self.average.state(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -189,11 +279,16 @@ class TrainingArm:
         self.selector_history = list(state["selector_history"])
         self.objective.set_layer_shares(state.get("layer_shares"))
         self.step = int(state["step"])
+        if self.average is not None:
+            self.average.load(state["average"])
+        # begun in another precision there is none, and this one starts afresh
+        if self._scaler is not None and state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])
 
     def export(self, directory: Path) -> None:
         """The student as timm-loadable safetensors, and the selector's history as CSV, by rename."""
         fresh = directory / "student.safetensors.tmp"
-        save_file({name: value.contiguous() for name, value in self.student.state_dict().items()}, fresh)
+        save_file({name: value.contiguous() for name, value in self.exported.state_dict().items()}, fresh)
         os.replace(fresh, directory / "student.safetensors")
         if self.selector_history:
             artifacts = directory / "artifacts"
@@ -203,3 +298,12 @@ class TrainingArm:
                 for point, row in zip(self.config.points, entry["alpha"], strict=True):
                     lines += [f"{entry['step']},{point},{layer},{share:.6g}" for layer, share in enumerate(row)]
             (artifacts / "selector_history.csv").write_text("\n".join(lines) + "\n")
+
+
+def _means(taken: Sequence[Scalars]) -> Scalars:
+    """Scalars of a step: their means over the parts of it that have them."""
+    if len(taken) == 1:
+        return dict(taken[0])
+    names = dict.fromkeys(name for scalars in taken for name in scalars)
+    values = {name: [scalars[name] for scalars in taken if name in scalars] for name in names}
+    return {name: sum(found[1:], start=found[0]) / len(found) for name, found in values.items()}

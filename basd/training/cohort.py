@@ -6,11 +6,12 @@ step → record. The result of an arm is the same bits alone and in any cohort.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,18 +21,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from basd import distributed
 from basd.config import Config, FrozenArm, from_dict
 from basd.data import load as load_data
+from basd.data.disk import DiskImages
+from basd.data.feed import worker_count
 from basd.data.images import Splits, epoch_order
+from basd.distributed import local_rows, rank, world
 from basd.errors import UserError
 from basd.models.teacher import Teacher
 from basd.objective import demands
 from basd.training import random_streams as streams
 from basd.training.arm import TrainingArm
-from basd.training.batches import StepBatch, TeacherViews
+from basd.training.batches import CropFeed, StepBatch, TeacherViews
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from basd.training.memory import begin_peak, bytes_of, is_out_of_memory, out_of_memory
+from basd.training.precision import choose_precision, compiler, half_type
 from basd.training.recorder import Recorder
 from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher, statistics_of
+from basd.training.team import announce
 
 log = logging.getLogger("basd.training")
 
@@ -56,6 +64,8 @@ class _Member:
     recorder: Recorder
     arm: TrainingArm
     saved_at: float = 0.0
+    # images of this epoch that another stood for, where data on disk may be skipped
+    corrupt: int = 0
 
 
 class Cohort:
@@ -78,34 +88,80 @@ class Cohort:
         first = configs[0]
         self.seed = first.seed
         self.data = first.data
-        self.device = choose_device(first.runtime.device)
-        splits = load_data(first.data)
+        self.device = check_device(first)
+        if world() > 1 and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        splits = distributed.first_then_all(lambda: load_data(first.data))
         self.splits = Splits(*(part.to(self.device) for part in splits))
+        self.may_skip = isinstance(splits.train, DiskImages) and splits.train.skip
+        self.view_size = first.student.image_size
         self.steps_per_epoch = len(splits.train) // first.recipe.batch_size
         self.batch_size = first.recipe.batch_size
+        self.accumulation = first.recipe.accumulation
+        begin_peak(self.device)
         self.teacher_config = first.teacher
         self.teacher: Teacher | None = None
         if any(config.enabled for config in configs):
-            prepared = prepare_teacher(first.teacher, first.data, splits)
+            prepared = distributed.first_then_all(lambda: prepare_teacher(first.teacher, first.data, splits))
             check_fingerprint(prepared, arms[0])
             wanted = [demands(config.losses, config.head_aligner) for config in configs]
             head = None
             if any(want.logits for want in wanted):
-                head = prepare_head(prepared, first.teacher, first.data, splits).to(self.device)
-            self.teacher = Teacher(prepared.model.to(self.device), any(want.maps for want in wanted), head)
+                make = partial(prepare_head, prepared, first.teacher, first.data, splits)
+                head = distributed.first_then_all(make).to(self.device)
+                distributed.copy_from_first(head.parameters())
+            half = half_type(first.runtime.precision, self.device)
+            wrap = compiler(first.runtime.compile, self.device)
+            maps = any(want.maps for want in wanted)
+            self.teacher = Teacher(prepared.model.to(self.device), maps, head, half, wrap)
+        # whole pairs of mixing partners: each process has its share of the batch, in parts
+        shares = self.accumulation * world()
+        self.rows: list[Tensor | None] = [None]
+        if shares > 1:
+            self.rows = [local_rows(self.batch_size, part, shares) for part in range(rank(), shares, world())]
+        self.feed = CropFeed(
+            self.splits.train,
+            self.batch_size,
+            self.seed,
+            max(arm.total_steps for arm in arms),
+            parts=self.rows,
+            own=any(getattr(config.views, "geometry", "") == "independent" for config in configs),
+            workers=worker_count(first.runtime.workers, self.device),
+        )
         self.results: list[ArmResult] = []
         self.members: list[_Member] = []
         for frozen, config, directory, recorder in zip(arms, configs, directories, recorders, strict=True):
             try:
-                self.members.append(self._start(frozen, config, directory, recorder))
+                start = partial(self._start, frozen, config, directory, recorder)
+                self.members.append(distributed.attempt(start))
+            except distributed.PeerLostError:
+                raise
             except Exception as error:
                 log.exception("arm %s could not start", frozen.arm_key)
-                self._finish(ArmResult(frozen.arm_key, "failed", reason=reason_of(error)))
+                self._finish(ArmResult(frozen.arm_key, "failed", reason=self._reason(error, config, len(arms))))
 
     def _start(self, frozen: FrozenArm, config: Config, directory: Path, recorder: Recorder) -> _Member:
-        directory.mkdir(parents=True, exist_ok=True)
         shape = self.teacher.shape if self.teacher else None
         arm = TrainingArm(config, shape, self.splits.train.classes, self.steps_per_epoch, self.device)
+        state = distributed.by_first(partial(self._begin, frozen, directory, recorder))
+        if state is None:
+            # equal seeds give equal weights on machines of one kind; here they must be the same bits
+            distributed.copy_from_first(arm.weights)
+        else:
+            arm.load(state["arm"])
+            now = (config.runtime.threads, arm.precision, str(torch.__version__))
+            before = (state["threads"], state.get("precision", "fp32"), state["torch"])
+            if now != before:
+                log.warning(
+                    "arm %s goes on with %d threads, %s and torch %s, its start had %d, %s and %s: its numbers may differ",
+                    *(frozen.arm_key, *now, *before),
+                )
+        corrupt = int(state.get("corrupt", 0)) if state is not None else 0
+        return _Member(frozen, config, directory, recorder, arm, saved_at=time.monotonic(), corrupt=corrupt)
+
+    def _begin(self, frozen: FrozenArm, directory: Path, recorder: Recorder) -> dict[str, Any] | None:
+        """The checkpoint that an arm goes on from, its record cut to what the checkpoint knows; None: the first step."""
+        directory.mkdir(parents=True, exist_ok=True)
         state, notice = load_checkpoint(directory)
         if notice:
             log.warning("arm %s: %s", frozen.arm_key, notice)
@@ -120,14 +176,7 @@ class Cohort:
                 state = None
         if state is None:
             recorder.rewind(0)
-        else:
-            arm.load(state["arm"])
-            if state["threads"] != config.runtime.threads or state["torch"] != str(torch.__version__):
-                log.warning(
-                    "arm %s goes on with %d threads and torch %s, its start had %d and %s: the last bits may differ",
-                    *(frozen.arm_key, config.runtime.threads, torch.__version__, state["threads"], state["torch"]),
-                )
-        return _Member(frozen, config, directory, recorder, arm, saved_at=time.monotonic())
+        return state
 
     def run(self) -> list[ArmResult]:
         """Train until no arm is left; returns the results in the order in which the arms ended."""
@@ -135,10 +184,13 @@ class Cohort:
             # killed after its last step but before its end was written
             if member.arm.step >= member.arm.total_steps:
                 self._attempt(member, partial(self._complete, member))
-        while self.members:
-            step = min(member.arm.step for member in self.members)
-            epoch = step // self.steps_per_epoch
-            self._epoch(epoch, step - epoch * self.steps_per_epoch)
+        try:
+            while self.members:
+                step = min(member.arm.step for member in self.members)
+                epoch = step // self.steps_per_epoch
+                self._epoch(epoch, step - epoch * self.steps_per_epoch)
+        finally:
+            self.feed.close()
         return self.results
 
     def _epoch(self, epoch: int, first: int) -> None:
@@ -146,69 +198,121 @@ class Cohort:
         order = epoch_order(len(self.splits.train), self.batch_size, streams.generator(self.seed, streams.ORDER, epoch))
         clock = _Clock(time.perf_counter())
         for position in range(first, self.steps_per_epoch):
-            if self.stop():
+            if distributed.any_rank(self.stop()):
                 for member in list(self.members):
                     self._attempt(member, partial(self._leave, member))
                 return
             step = epoch * self.steps_per_epoch + position
             # members further along wait for the others; those that are through have left
-            due = [member for member in self.members if member.arm.step == step]
+            due = sum(member.arm.step == step for member in self.members)
             if not due:
                 continue
-            began = time.perf_counter()
-            batch = StepBatch(self.splits.train, order[position], self.data, self.seed, epoch, step)
-            # the views that every arm starts from are input, and counted as such
-            batch.clean(self.data.image_size)
-            clock.data += time.perf_counter() - began
-            teacher = None
-            if self.teacher is not None:
-                mean, std = statistics_of(self.teacher_config, self.data)
-                teacher = TeacherViews(self.teacher, batch, self.teacher_config.image_size, mean, std)
-            for member in due:
-                self._attempt(member, partial(self._train, member, batch, teacher))
+            for batch in self._batches(order[position], epoch, step, clock):
+                teacher = None
+                if self.teacher is not None:
+                    mean, std = statistics_of(self.teacher_config, self.data)
+                    teacher = TeacherViews(self.teacher, batch, self.teacher_config.image_size, mean, std)
+                for member in list(self.members):
+                    if member.arm.step == step:
+                        self._attempt(member, partial(self._train, member, batch, teacher))
+                # before the next batch and before evaluations: the teacher's tokens and maps are the most that a step holds
+                del batch, teacher
             clock.images += self.batch_size
-            clock.arms = len(due)
+            clock.arms = due
             last = position == self.steps_per_epoch - 1
             for member in list(self.members):
                 if member.arm.step == step + 1 and (last or member.arm.step == member.arm.total_steps):
                     self._attempt(member, partial(self._end_epoch, member, epoch, clock))
 
+    def _batches(self, indices: Tensor, epoch: int, step: int, clock: _Clock) -> Iterator[StepBatch]:
+        """The parts of a step's batch, one after the other, with their clean views made."""
+        for part, rows in enumerate(self.rows):
+            began = time.perf_counter()
+            crops = self.feed.crops(step, part)
+            batch = StepBatch(self.splits.train, indices, self.data, self.seed, epoch, step, rows, crops)
+            # the views that every arm starts from are input, and counted as such
+            batch.clean(self.members[0].config.student.image_size if self.members else self.view_size)
+            clock.data += time.perf_counter() - began
+            clock.unreadable += batch.unreadable
+            yield batch
+            del batch
+
     def _attempt(self, member: _Member, action: Callable[[], ArmResult | None]) -> None:
         """A failure of one arm never stops the others. An action that returns a result ends the arm."""
         try:
-            result = action()
+            result = distributed.attempt(action)
+        except distributed.PeerLostError:
+            raise
         except Exception as error:
             log.exception("arm %s failed", member.frozen.arm_key)
-            result = ArmResult(member.frozen.arm_key, "failed", reason=reason_of(error))
+            reason = self._reason(error, member.config, len(self.members))
+            result = ArmResult(member.frozen.arm_key, "failed", reason=reason)
         if result is not None:
             self.members.remove(member)
             self._finish(result)
-            if result.status == "complete":
+            # what the arm held goes to those that stay; a model with hooks is a cycle that only the collector frees
+            del member.arm, action
+            gc.collect()
+            if result.status == "complete" and rank() == 0:
                 remove_checkpoints(member.directory)
+
+    def _reason(self, error: BaseException, config: Config, arms: int) -> str:
+        """One sentence about what ended an arm. `arms` were held in memory, this one among them."""
+        if not is_out_of_memory(error):
+            return reason_of(error)
+        held = [member.arm.held_bytes() for member in self.members]
+        fixed = sum(held) + (bytes_of(self.teacher.model.parameters()) if self.teacher else 0)
+        return out_of_memory(
+            error,
+            self.device,
+            precision=choose_precision(config.runtime.precision, self.device),
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            arms=arms,
+            held=max(held, default=0),
+            fixed=fixed,
+        )
 
     def _train(self, member: _Member, batch: StepBatch, teacher: TeacherViews | None) -> None:
         parts = member.arm.train_step(batch, teacher)
+        member.corrupt += len(batch.unreadable)
         step = member.arm.step
+        if parts is None:
+            self.progress(member.frozen.arm_key, step, member.arm.total_steps)
+            return
         ends = step % self.steps_per_epoch == 0 or step == member.arm.total_steps
         begins = step == 1 or member.arm.objective.begins(step - 1)
         if begins or step % member.config.runtime.log_every == 0 or ends:
-            member.recorder.metrics(step, {name: _number(value) for name, value in parts.items()})
+            self._record(member, parts)
         self.progress(member.frozen.arm_key, step, member.arm.total_steps)
+
+    def _record(self, member: _Member, values: Mapping[str, Tensor | float]) -> None:
+        def write() -> None:
+            member.recorder.metrics(member.arm.step, {name: _number(value) for name, value in values.items()})
+
+        distributed.by_first(write)
+
+    def _owned(self, member: _Member) -> bool:
+        return distributed.by_first(lambda: self.owned(member.frozen.arm_key))
 
     def _end_epoch(self, member: _Member, epoch: int, clock: _Clock) -> ArmResult | None:
         arm = member.arm
         final = arm.step == arm.total_steps
         values = clock.metrics()
+        if self.may_skip:
+            values["data/corrupt"] = float(member.corrupt)
+            member.corrupt = 0
         if (epoch + 1) % member.config.recipe.validate_every == 0 or final:
             values.update(arm.evaluate(self.splits.validation, "val"))
-        member.recorder.metrics(arm.step, values)
+        self._record(member, values)
         if final:
-            if not self.owned(member.frozen.arm_key):
+            if not self._owned(member):
                 return self._lost(member)
             self._save(member)
             return self._complete(member)
-        if time.monotonic() - member.saved_at >= member.config.runtime.checkpoint_interval:
-            if not self.owned(member.frozen.arm_key):
+        interval = member.config.runtime.checkpoint_interval
+        if distributed.by_first(lambda: time.monotonic() - member.saved_at >= interval):
+            if not self._owned(member):
                 return self._lost(member)
             self._save(member)
         return None
@@ -223,17 +327,22 @@ class Cohort:
         arm = member.arm
         metrics = arm.evaluate(self.splits.test, "test")
         metrics["val/top1"] = arm.evaluate(self.splits.validation, "val")["val/top1"]
-        arm.export(member.directory)
-        member.recorder.metrics(arm.step, {name: value for name, value in metrics.items() if name.startswith("test/")})
-        member.recorder.flush()
+        distributed.by_first(lambda: arm.export(member.directory))
+        self._record(member, {name: value for name, value in metrics.items() if name.startswith("test/")})
+        distributed.by_first(member.recorder.flush)
         return ArmResult(member.frozen.arm_key, "complete", metrics)
 
     def _save(self, member: _Member) -> None:
+        distributed.by_first(partial(self._write, member))
+
+    def _write(self, member: _Member) -> None:
         state = {
             "arm_key": member.frozen.arm_key,
             "arm": member.arm.state(),
             "recorded": member.recorder.flush(),
             "threads": member.config.runtime.threads,
+            "precision": member.arm.precision,
+            "corrupt": member.corrupt,
             "torch": str(torch.__version__),
         }
         save_checkpoint(member.directory, state)
@@ -241,7 +350,7 @@ class Cohort:
 
     def _leave(self, member: _Member) -> ArmResult:
         # another worker's checkpoint must not be overwritten
-        if self.owned(member.frozen.arm_key):
+        if self._owned(member):
             self._save(member)
         return ArmResult(member.frozen.arm_key, "stopped", reason="asked to stop")
 
@@ -258,6 +367,7 @@ class _Clock:
     data: float = 0.0
     images: int = 0
     arms: int = 1
+    unreadable: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         elapsed = max(1e-9, time.perf_counter() - self.start)
@@ -307,6 +417,13 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
+def check_device(config: Config) -> torch.device:
+    """The device of this process; `UserError` where it is not there, or where the batch cannot be split over the processes."""
+    if world() > 1:
+        local_rows(config.recipe.batch_size, 0, world() * config.recipe.accumulation)
+    return distributed.local_device(choose_device(config.runtime.device))
+
+
 def check_fingerprint(prepared: PreparedTeacher, arm: FrozenArm) -> None:
     if prepared.fingerprint != arm.teacher_fingerprint:
         raise UserError(
@@ -332,9 +449,27 @@ def train_cohort(
 
     An arm whose directory holds a checkpoint goes on from there. `UserError` where the cohort as a whole cannot start.
     """
+    if world() > 1:
+        announce(arms)
+    return train_announced(arms, directories, recorders, **callbacks)
+
+
+def train_announced(
+    arms: Sequence[FrozenArm], directories: Sequence[Path], recorders: Sequence[Recorder], **callbacks: Any
+) -> list[ArmResult]:
+    """`train_cohort` on a process that has been told of the arms, as all others of the run have."""
     threads = int(arms[0].config["runtime"]["threads"])
     with cpu_threads(threads):
-        return Cohort(arms, directories, recorders, **callbacks).run()
+        try:
+            return distributed.attempt(lambda: Cohort(arms, directories, recorders, **callbacks).run())
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # the failure of an arm does not come here
+            raise UserError(
+                "out of memory before the first step: the data and the teacher do not fit; choose a smaller teacher, or end "
+                "other programs that use the device."
+            ) from error
 
 
 def write_arm(directory: Path, arm: FrozenArm) -> None:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from basd.data.images import ImageSet, Splits
-from basd.data.views import eval_view, normalize
+from basd.data.feed import evaluation_batches, worker_count
+from basd.data.images import ImageSource, Splits
+from basd.data.views import normalize
 from basd.errors import UserError
-from basd.evaluation.classification import classification_metrics, predict
+from basd.evaluation.classification import classification_metrics, predict_batches
 
 # strongest first: each fit starts from the one before, and the weakest would take longest from zero
 L2_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -41,7 +42,7 @@ def empty_probe(features: int, classes: int) -> nn.Linear:
     return nn.utils.skip_init(nn.Linear, features, classes).eval().requires_grad_(False)
 
 
-def lacks_labels(part: ImageSet) -> bool:
+def lacks_labels(part: ImageSource) -> bool:
     labels = getattr(part, "labels", None)
     return labels is None or len(labels) == 0 or bool((labels < 0).any())
 
@@ -62,8 +63,11 @@ def fit_probe(
     image_size: int,
     statistics: tuple[Sequence[float], Sequence[float]],
     progress: Callable[[int, int], None] | None = None,
+    share: float = 1.0,
 ) -> Probe:
     """Fit a probe on the clean evaluation view of the training split; the model comes back as it was, on its device.
+
+    `share`: the view's side over the image's shorter side.
 
     The strength of L2 with the least negative log-likelihood on the validation split is chosen: the probabilities are what
     is distilled, and accuracies of few images tie. The test split is scored once, with that, if it has labels. No random
@@ -83,12 +87,14 @@ def fit_probe(
 
     model.to(device).eval()
     try:
-        train, validation, test = (_features(model, part, image_size, statistics, device, advance) for part in splits)
+        (train, train_labels), (validation, validation_labels), (test, test_labels) = (
+            _features(model, part, image_size, share, statistics, device, advance) for part in splits
+        )
     finally:
         model.to(home)
     mean, scale = train.mean(dim=0), _scale(train)
-    standardised, labels = ((train - mean) / scale).to(device), splits.train.labels.to(device)
-    held_out, answers = ((validation - mean) / scale).to(device), splits.validation.labels.to(device)
+    standardised, labels = ((train - mean) / scale).to(device), train_labels.to(device)
+    held_out, answers = ((validation - mean) / scale).to(device), validation_labels.to(device)
     chosen, best, l2 = None, math.inf, L2_STRENGTHS[0]
     regression = None
     for strength in L2_STRENGTHS:
@@ -104,34 +110,36 @@ def fit_probe(
     head.weight.copy_(weight)
     head.bias.copy_(chosen.bias.cpu() - weight @ mean)
 
-    def top1(features: Tensor, part: ImageSet) -> float:
-        return classification_metrics(head(features.float()), part.labels)["top1"]
+    def top1(features: Tensor, labels: Tensor) -> float:
+        return classification_metrics(head(features.float()), labels)["top1"]
 
-    test_top1 = None if lacks_labels(splits.test) else top1(test, splits.test)
-    return Probe(head, l2, top1(validation, splits.validation), test_top1)
+    test_top1 = None if lacks_labels(splits.test) else top1(test, test_labels)
+    return Probe(head, l2, top1(validation, validation_labels), test_top1)
 
 
 @torch.no_grad()
 def _features(
     model: VisionTransformer,
-    part: ImageSet,
+    part: ImageSource,
     image_size: int,
+    share: float,
     statistics: tuple[Sequence[float], Sequence[float]],
     device: torch.device,
     advance: Callable[[], None],
-) -> Tensor:
-    """Pre-logits features of a split, (N, D), float64 on the CPU."""
+) -> tuple[Tensor, Tensor]:
+    """Pre-logits features (N, D), float64, and labels (N,) of the readable images of a split, on the CPU."""
 
-    def forward(images: Tensor) -> Tensor:
-        view = normalize(eval_view(images.to(device), image_size), *statistics)
-        features = model.forward_head(model.forward_features(view), pre_logits=True)
+    def forward(view: Tensor) -> Tensor:
+        features = model.forward_head(model.forward_features(normalize(view, *statistics)), pre_logits=True)
         advance()
         return features
 
-    features = predict(forward, part.images, FEATURE_BATCH).double()
+    views = evaluation_batches(part, image_size, share, FEATURE_BATCH, device, worker_count(-1, device))
+    features, labels = predict_batches(forward, views)
+    features, labels = features[labels >= 0].double(), labels[labels >= 0]
     if not features.isfinite().all():
         raise UserError("the teacher's features are not finite; check teacher.weights, teacher.mean and teacher.std.")
-    return features
+    return features, labels
 
 
 def _scale(features: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ class RecipeConfig:
     lr_warmup: str = "10%"
     weight_decay: float = field(default=0.05, metadata={"min": 0.0})
     clip_grad: float = field(default=1.0, metadata={"min": 0.0})
+    # A step's batch goes through in this many equal parts, whose gradients are averaged: memory falls, but what spans the
+    # batch (correlations of rsd, quantiles of rel, statistics of selectors and weightings) then spans a part.
+    accumulation: int = field(default=1, metadata={"min": 1})
+    # Decay of the moving average of the student's weights that is evaluated and exported; 0: none, the last weights are.
+    ema_decay: float = field(default=0.0, metadata={"min": 0.0, "max": 0.999999})
     # Validation accuracy is computed every so many epochs, and after the last.
     validate_every: int = field(default=5, metadata={"min": 1})
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from basd.config import digest
-from basd.data.images import ImageSet, Splits, epoch_order, fingerprint
-from basd.data.views import clean_view, eval_view, normalize
+from basd.data.disk import DiskImages
+from basd.data.feed import Wanted, crop_batches, evaluation_batches, worker_count
+from basd.data.images import ImageSet, ImageSource, Splits, epoch_order, fingerprint
+from basd.data.settings import semantic
+from basd.data.views import clean_view, draw_crops, normalize, resized
 from basd.errors import UserError
-from basd.evaluation.classification import classification_metrics, predict
+from basd.evaluation.classification import classification_metrics, predict_batches
+from basd.models.checkpoints import check_fit, native_size, read_checkpoint
 from basd.models.teacher import DigitsViTConfig, build_digits_vit, build_timm_teacher
 from basd.training import random_streams as streams
 from basd.training.checkpoint import sync_directory
@@ -40,7 +44,10 @@ Facts = dict[str, Any]
 
 @dataclass
 class PreparedTeacher:
-    """A teacher's model (eval mode, CPU), the hash of its weights, its accuracies where it has a head, its file."""
+    """A teacher's model (eval mode, CPU), the hash of its weights, its accuracies where it has a head, its file.
+
+    `path`: the file its weights come from, given by `teacher.weights` or cached; None for the hub's and random ones.
+    """
 
     model: VisionTransformer
     fingerprint: str
@@ -113,19 +120,17 @@ def prepare_teacher(
         return _digits_vit(teacher, data, splits, progress)
     with streams.isolated(0, streams.TEACHER_INIT):
         model = build_timm_teacher(teacher, splits.train.classes)
-    return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, None)
+    return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, teacher.weights_file)
 
 
 def _cache_path(config: DigitsViTConfig, data: Any, splits: Splits) -> Path:
-    key = digest(
-        {"teacher": dataclasses.asdict(config), "data": dataclasses.asdict(data), "content": fingerprint(splits)}
-    )
+    key = digest({"teacher": dataclasses.asdict(config), "data": semantic(data), "content": fingerprint(splits)})
     return cache_directory() / "teachers" / f"digits_vit-{key}.safetensors"
 
 
 def cached_teacher(config: DigitsViTConfig, data: Any, splits: Splits) -> Path | None:
     """Where the fitted teacher lies, or None if it was not fitted yet."""
-    path = _cache_path(config, data, splits) if config.weights is None else Path(config.weights)
+    path = config.weights_file or _cache_path(config, data, splits)
     return path if path.exists() else None
 
 
@@ -134,9 +139,9 @@ def _digits_vit(
 ) -> PreparedTeacher:
     with streams.isolated(config.seed, streams.TEACHER_FIT):
         model = build_digits_vit(config, splits.train.classes)
-    if config.weights is not None:
-        _load_into(model, Path(config.weights))
-        return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, Path(config.weights))
+    if config.weights_file is not None:
+        _load_given(model, config.weights_file, config)
+        return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, config.weights_file)
     path = _cache_path(config, data, splits)
 
     def fit() -> Facts:
@@ -187,12 +192,13 @@ def _head(
         own = copy.deepcopy(model.head).cpu().float().eval().requires_grad_(False)
         return own, HeadFacts("own", weights_fingerprint(own), prepared.validation_top1, prepared.test_top1)
     check_labels(splits)
-    statistics = statistics_of(teacher, data)
+    statistics, share = statistics_of(teacher, data), getattr(data, "eval_crop", 1.0)
     key = digest(
         {
             "teacher": [teacher.architecture, prepared.fingerprint],
             "content": fingerprint(splits),
-            "view": [teacher.image_size, *statistics],
+            # the whole central square is how views began
+            "view": [teacher.image_size, *statistics, *([share] if share != 1 else [])],
             "l2": L2_STRENGTHS,
         }
     )
@@ -200,7 +206,7 @@ def _head(
     head = empty_probe(model.num_features, splits.train.classes)
 
     def fit() -> Facts:
-        probe = fit_probe(model, splits, teacher.image_size, statistics, progress)
+        probe = fit_probe(model, splits, teacher.image_size, statistics, progress, share)
         head.load_state_dict(probe.head.state_dict())
         return {"l2": probe.l2, "validation_top1": probe.validation_top1, "test_top1": probe.test_top1}
 
@@ -269,16 +275,27 @@ def _put(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def _load_given(model: VisionTransformer, path: Path, config: DigitsViTConfig) -> None:
+    """The weights of a file that the user names; `UserError` unless they are of exactly this model."""
+    checkpoint = read_checkpoint(path)
+    way_out = "correct teacher.weights, or the teacher's sizes"
+    check_fit(checkpoint, model, config.name, way_out)
+    size = native_size(checkpoint, model)
+    if size != config.image_size:
+        raise UserError(
+            f"teacher.weights={path} is for {size} pixels, but teacher.image_size={config.image_size}; {way_out}."
+        )
+    model.load_state_dict(checkpoint.state)
+
+
 def _load_into(module: nn.Module, path: Path) -> None:
+    """Weights that BASD cached itself."""
     what = "teacher" if isinstance(module, VisionTransformer) else "linear probe"
     try:
         module.load_state_dict(load_file(path))
-    except FileNotFoundError as error:
-        raise UserError(f"teacher.weights={path} does not exist.") from error
     except Exception as error:
-        way_out = "remove the file or correct teacher.weights" if what == "teacher" else "remove the file"
         raise UserError(
-            f"{path} does not hold the weights of this {what} (damaged, or of another size); {way_out}."
+            f"{path} does not hold the weights of this {what} (damaged, or of another size); remove the file."
         ) from error
 
 
@@ -293,7 +310,7 @@ def fit_classifier(
     model: VisionTransformer,
     config: DigitsViTConfig,
     data: Any,
-    train: ImageSet,
+    train: ImageSource,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Train the teacher on the training images for a fixed number of epochs; nothing else is looked at."""
@@ -303,36 +320,53 @@ def fit_classifier(
     batches = len(train) // config.batch_size
     total = batches * config.epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    step = 0
-    for epoch in range(config.epochs):
-        for indices in epoch_order(
-            len(train), config.batch_size, streams.generator(config.seed, streams.TEACHER_ORDER, epoch)
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, math.ceil(0.1 * total), config.lr, config.lr * 0.01)
-            images, labels = train.batch(indices)
-            view, _ = clean_view(
-                images, data, config.image_size, streams.generator(config.seed, streams.TEACHER_VIEW, epoch, step)
-            )
-            model.train()
-            with streams.isolated(config.seed, streams.TEACHER_FIT, epoch, step):
-                loss = F.cross_entropy(model(normalize(view, data.mean, data.std)), labels, label_smoothing=0.1)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            if progress is not None:
-                progress(step, total)
+    for step, (view, labels) in enumerate(_fitting_views(train, config, data)):
+        epoch = step // batches
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, math.ceil(0.1 * total), config.lr, config.lr * 0.01)
+        model.train()
+        with streams.isolated(config.seed, streams.TEACHER_FIT, epoch, step):
+            loss = F.cross_entropy(model(normalize(view, data.mean, data.std)), labels, label_smoothing=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1, total)
     model.zero_grad(set_to_none=True)
     model.eval().cpu()
 
 
-def top1(model: VisionTransformer, config: DigitsViTConfig, data: Any, images: ImageSet) -> float:
+def _fitting_views(train: ImageSource, config: DigitsViTConfig, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random crops (B, 3, S, S) in [0, 1] and labels of every step of `fit_classifier`."""
+
+    def steps() -> Iterator[tuple[Tensor, torch.Generator]]:
+        step = 0
+        for epoch in range(config.epochs):
+            order = streams.generator(config.seed, streams.TEACHER_ORDER, epoch)
+            for indices in epoch_order(len(train), config.batch_size, order):
+                yield indices, streams.generator(config.seed, streams.TEACHER_VIEW, epoch, step)
+                step += 1
+
+    if isinstance(train, ImageSet):
+        for indices, generator in steps():
+            images, labels = train.batch(indices)
+            yield clean_view(images, data, config.image_size, generator)[0], labels
+        return
+    assert isinstance(train, DiskImages), type(train)
+    wanted = (Wanted(indices, draw_crops(len(indices), generator)) for indices, generator in steps())
+    for crops in crop_batches(train, wanted, config.batch_size, worker_count(-1, train.device)):
+        yield resized(crops.images, config.image_size), crops.labels
+
+
+def top1(model: VisionTransformer, config: DigitsViTConfig, data: Any, images: ImageSource) -> float:
     """Top-1 of a fitted teacher on a split, in [0, 1]."""
 
-    def forward(part: torch.Tensor) -> torch.Tensor:
-        return model(normalize(eval_view(part, config.image_size), data.mean, data.std))
+    def forward(view: Tensor) -> Tensor:
+        return model(normalize(view, data.mean, data.std))
 
-    with torch.no_grad():
-        return classification_metrics(predict(forward, images.images, 256), images.labels)["top1"]
+    cpu = torch.device("cpu")
+    share = getattr(data, "eval_crop", 1.0)
+    views = evaluation_batches(images, config.image_size, share, 256, cpu, worker_count(-1, cpu))
+    logits, labels = predict_batches(forward, views)
+    return classification_metrics(logits[labels >= 0], labels[labels >= 0])["top1"]

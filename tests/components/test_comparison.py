@@ -36,11 +36,12 @@ def teacher() -> Teacher:
     return Teacher(made.model, head=head)
 
 
-def comparison(teacher: Teacher, mix: str) -> Comparison:
+def comparison(teacher: Teacher, mix: str, normalize: bool = True) -> Comparison:
     images, clean, labels = data()
     student = TappedStudent(build_student(), POINTS, False)(images)
     bridges = Bridges(selector=FixedSelector())
-    return Comparison(bridges, sizes(), student, teacher(clean), labels=labels, mix=MIXES[mix], generator=generator)
+    parts = (bridges, sizes(), student, teacher(clean))
+    return Comparison(*parts, labels=labels, mix=MIXES[mix], generator=generator, normalize=normalize)
 
 
 def mixed(rows: np.ndarray, mix: str) -> np.ndarray:
@@ -116,3 +117,13 @@ def test_target_cls_mixes_layers_then_images(mix: str, teacher: Teacher) -> None
         ]
         points.append(mixed(np.stack(rows), mix))
     close(comparison(teacher, mix).target_cls, np.stack(points))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_without_normalisation_targets_are_the_teachers_own_states(mix: str, teacher: Teacher) -> None:
+    out = teacher(data()[1])
+    tokens, cls = out.tokens.double().numpy(), out.cls.double().numpy()
+    made = comparison(teacher, mix, normalize=False)
+    close(made.mixture, np.stack([sum(row[layer] * tokens[layer] for layer in range(3)) for row in ALPHA]))
+    points = [mixed(np.asarray(sum(row[layer] * cls[layer] for layer in range(3))), mix) for row in ALPHA]
+    close(made.target_cls, np.stack(points))

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from objective_fakes import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from basd.components.comparison import Bridges, Comparison, image_parts
 from basd.components.head_aligners import HEAD_ALIGNERS
+from basd.components.head_aligners.mean import MeanHeadAligner
 from basd.components.selectors import SELECTORS
 from basd.components.target_mixing import mix_attention, mix_tokens
 from basd.components.token_aligners import TOKEN_ALIGNERS
@@ -67,9 +70,9 @@ def test_mixture_is_normalised_and_of_unit_variance(selector: str, teacher: Teac
 
 def test_attention_target_is_the_mixture_of_the_maps(teacher: Teacher) -> None:
     objective = make(("attn",), selector=SELECTORS["uniform"]())
-    loss = Calls(objective.losses["attn"])
+    compared = Calls(objective.head_aligner)
     run(objective, teacher)
-    target = loss.inputs[1]
+    target = compared.inputs[1]
     expected = teacher(data()[1]).attention((3, 4)).mean(0)
     for m in range(2):
         torch.testing.assert_close(target[m], expected, rtol=1e-4, atol=1e-6)
@@ -84,7 +87,8 @@ def test_targets_follow_the_mixing(name: str, targets: str, mix: str, teacher: T
     chosen = MIXES[mix]
     assert chosen is not None
     objective = make((name,), mixing_targets=targets)
-    loss = Calls(objective.losses[name])
+    # what the attention loss compares is what its head aligner gets
+    loss = Calls(objective.head_aligner if name == "attn" else objective.losses[name])
     share = 1 - chosen.coverage(3, 4, 24, 24)
     if name == "attn":
         run(objective, teacher)
@@ -99,6 +103,31 @@ def test_targets_follow_the_mixing(name: str, targets: str, mix: str, teacher: T
     run(objective, teacher, mix=chosen)
     assert (expected - clean).abs().max() > 0.01
     torch.testing.assert_close(loss.inputs[1], expected if targets == "follow" else clean)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_attention_targets_are_mixed_whatever_is_worked_on_at_once(
+    mix: str, images: int, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image and its partner are in one part, the middle image of an odd batch is its own partner."""
+    batch, maps = 5, []
+    for size in (2**21, 2 * images * 4 * 2 * 3 * 13 * 13):
+        monkeypatch.setattr("basd.components.comparison.CACHED_BYTES", size)
+        comparison = Comparison(
+            Bridges(head_aligner=MeanHeadAligner()),
+            sizes(),
+            SimpleNamespace(logits=torch.zeros(batch, 2)),  # type: ignore[arg-type]
+            teacher(data()[1][torch.arange(batch) % BATCH] + torch.arange(batch).view(-1, 1, 1, 1)),
+            labels=torch.zeros(batch, 2),
+            mix=MIXES[mix],
+            generator=lambda _purpose: torch.Generator(),
+        )
+        comparison.__dict__["alpha"] = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.4, 0.0]])
+        maps.append(comparison.target_maps)
+    assert len(image_parts(maps[0], pairs=True)) > 1
+    torch.testing.assert_close(maps[1], maps[0])
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(maps[0].shape[:-1]))
 
 
 def test_cutmix_target_shows_the_partner_under_the_box(teacher: Teacher) -> None:

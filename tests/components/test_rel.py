@@ -180,10 +180,11 @@ def test_edge_products_by_both_ways(shift: float) -> None:
     a, b = randn(2, 3, 12, 5) + shift, randn(2, 3, 12, 5, seed=1) + shift
     for count in (3, 60):  # few pairs: differences; many: the Gram matrix
         first, second = draw_pairs(12, count, generator(0))
-        expected = torch.zeros(2, 3, count)
-        for k, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-            expected[:, :, k] = ((a[:, :, i] - a[:, :, j]) * (b[:, :, i] - b[:, :, j])).sum(-1)
-        torch.testing.assert_close(edge_products(a, b, first, second), expected, rtol=1e-3, atol=1e-4)
+        for (x, y), found in zip(((a, a), (b, b), (a, b)), edge_products(a, b, first, second), strict=True):
+            expected = torch.zeros(2, 3, count)
+            for k, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+                expected[:, :, k] = ((x[:, :, i] - x[:, :, j]) * (y[:, :, i] - y[:, :, j])).sum(-1)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("vertices", ["tokens", "pooled"])

@@ -197,11 +197,16 @@ def test_order_across_a_stagger(order: str) -> None:
         assert total == pytest.approx(3.05)
 
 
-def test_ramped_statistics_are_scaled_by_ramped_first_values() -> None:
+def test_ramped_statistics_are_in_units_of_first_values_without_ramp() -> None:
+    """So the literal order switches the running losses off with any scale, and only until the ramps are on."""
     weighting = build("uwso", order="ramp_then_weights")
-    check(weigh(weighting, losses(4.0, 0.1), factors=ramps(0.5, 0.1)), [1.0, 1.0])
-    weights = weigh(weighting, losses(4.0, 0.1), factors=ramps(1.0, 0.4))
-    check(weights, [2 * w for w in formula([2.0, 4.0], 2.0)])
+    check(weigh(weighting, losses(4.0, 0.1), factors=ramps(0.5, 0.1)), [2 * w for w in formula([0.5, 0.1], 2.0)])
+    weights = weigh(weighting, losses(4.0, 0.05), factors=ramps(1.0, 0.4))
+    check(weights, [2 * w for w in formula([1.0, 0.2], 2.0)])
+    once = build("uwso")
+    check(weigh(once, losses(4.0, 0.1)), [1.0, 1.0])
+    after = weigh(weighting, losses(2.0, 0.02))
+    assert numbers(after) == numbers(weigh(once, losses(2.0, 0.02)))
 
 
 def test_order_changes_nothing_where_every_ramp_is_one() -> None:

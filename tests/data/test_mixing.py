@@ -216,7 +216,7 @@ def test_coverage_mixes_patch_means_as_the_image_is_mixed() -> None:
 @pytest.mark.parametrize("group", [DATASETS, VIEWS, MIXINGS])
 def test_configs_are_well_formed(group: dict[str, type]) -> None:
     for key, config in group.items():
-        assert config().name == key and fields(config)[0].name == "name"
+        assert config().name == key and "name" in {field.name for field in fields(config)}
         for field in fields(config):
             value = getattr(config(), field.name)
             if "choices" in field.metadata:

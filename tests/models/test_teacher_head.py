@@ -135,8 +135,10 @@ def test_without_the_datas_classes_there_is_no_head() -> None:
 )
 @pytest.mark.parametrize("weights", ["random", "hub"])
 def test_own_head_that_is_not_there_is_refused_before_anything_is_built(model: str, said: str, weights: str) -> None:
+    config = teacher("own", weights, model)
+    config.image_size = 112
     with pytest.raises(UserError, match=said) as caught:
-        build_timm_teacher(teacher("own", weights, model), 10)
+        build_timm_teacher(config, 10)
     assert "teacher.head=probe" in str(caught.value) and "\n" not in str(caught.value)
 
 

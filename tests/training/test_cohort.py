@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import MemoryRecorder, same_bits, state_of
 
+from basd.components.losses import attn
 from basd.config import FrozenArm, from_dict
 from basd.data.mixing import draw
 from basd.training import cohort as cohort_module
@@ -98,18 +99,42 @@ def test_stopped_and_started_again_is_bit_equal(together, name: str, after: int,
 
 
 @pytest.mark.parametrize("aligner", ["conv", "mean"])
-def test_students_of_two_grids_make_one_cohort(aligner: str, tiny_arm: MakeArm, tmp_path: Path) -> None:
+def test_students_of_two_grids_make_one_cohort(
+    aligner: str, tiny_arm: MakeArm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What arms share of the teacher is kept apart by the student's grid."""
-    common = (f"head_aligner={aligner}", "warmup=none", "recipe.duration=3 steps", "losses.rel.num_pairs=6")
-    arms = [tiny_arm(*common, "student.patch_size=4"), tiny_arm(*common, "student.patch_size=10")]
+    common = (
+        f"head_aligner={aligner}",
+        "warmup=none",
+        "recipe.duration=3 steps",
+        "losses.rel.num_pairs=6",
+        "selector=last",
+    )
+    arms = [tiny_arm(*common, f"student.patch_size={size}") for size in (4, 10)]
     assert arms[0].cohort_key == arms[1].cohort_key and arms[0].arm_key != arms[1].arm_key
+    real, known = attn.AttentionLoss._information, []
+
+    def information(*args):
+        known[-1].append(real(*args))
+        return known[-1][-1]
+
+    monkeypatch.setattr(attn.AttentionLoss, "_information", information)
+    for arm in arms:
+        known.append([])
+        run([arm], tmp_path / "first")
+    fine, coarse = (torch.stack(values)[:, -1] for values in known)
+    # a threshold between the two grids: a value taken from the other's shows in which points are skipped
+    low, high = sorted((fine, coarse), key=lambda values: float(values.mean()))
+    assert 2 * low.max() < high.min()
+    monkeypatch.setattr(attn, "UNIFORM", float(2 * low.max()) * 1.02)
+    alone = {arm.arm_key: run([arm], tmp_path / "alone")[0][0].results for arm in arms}
+    assert len({"loss/attn" in values[0][1] for values in alone.values()}) == 2
     for order in (arms, arms[::-1]):
         folder = tmp_path / f"first_{order[0].arm_key}"
         recorders, _ = run(order, folder)
         for arm, recorder in zip(order, recorders, strict=True):
-            (alone,), _ = run([arm], folder / "alone")
-            assert recorder.results == alone.results
-            assert same_bits(state_of(folder / arm.arm_key), state_of(folder / "alone" / arm.arm_key))
+            assert recorder.results == alone[arm.arm_key]
+            assert same_bits(state_of(folder / arm.arm_key), state_of(tmp_path / "alone" / arm.arm_key))
 
 
 def history_of(directory: Path) -> str | None:
@@ -249,9 +274,9 @@ def test_the_teacher_runs_once_a_step_and_attention_only_for_arms_that_use_it(
         calls["teacher"] += 1
         return real_call(self, images)
 
-    def attention(self, block):
+    def attention(self, block, *images):
         calls["attention"] += 1
-        return real_attention(self, block)
+        return real_attention(self, block, *images)
 
     monkeypatch.setattr(Teacher, "__call__", call)
     monkeypatch.setattr(Tapped, "attention", attention)

@@ -25,7 +25,7 @@ READS = {
 @dataclass
 class FeatureLossConfig:
     enabled: bool = False
-    # The hidden states that are compared: patch tokens, the class token, or all 1+N of them.
+    # The hidden states that are compared: patch tokens, the class token, or both, each with a mean of its own.
     samples: str = field(default="patches", metadata={"choices": tuple(READS)})
 
     @property
@@ -37,10 +37,12 @@ class FeatureLossConfig:
 
 
 class FeatureLoss(nn.Module):
-    """L = mean of (s − t)² over points, images, tokens and channels.
+    """L = mean of (s − t)² over points, images, tokens and channels; with `samples=both`
+    L = (MSE of class tokens + MSE of patch tokens)/2, so that the one class token weighs as much as the N patches.
 
     The teacher's side has mean square 1 (LN0 of the mixture), less where the token aligner or the mixing averages: 1 at
-    most for a student that says nothing, 0 for a match, more for an unrelated one.
+    most for a student that says nothing, 0 for a match, more for an unrelated one. With `objective.target_norm=none` the
+    unit is the teacher's.
     """
 
     def __init__(self, config: FeatureLossConfig) -> None:
@@ -49,16 +51,14 @@ class FeatureLoss(nn.Module):
 
     def compare(self, comparison: Comparison) -> Tensor:
         """The loss of one step."""
-        student, teacher = [], []
+        errors = []
         if self.samples != "patches":
-            student.append(comparison.projected_cls.unsqueeze(2))
-            teacher.append(comparison.target_cls.unsqueeze(2))
+            errors.append(self(comparison.projected_cls, comparison.target_cls))
         if self.samples != "cls":
-            student.append(comparison.projected)
-            teacher.append(comparison.target)
-        return self(torch.cat(student, dim=2), torch.cat(teacher, dim=2))
+            errors.append(self(comparison.projected, comparison.target))
+        return torch.stack(errors).mean()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """student, teacher (M, B, N, D) in the teacher's width. Returns a scalar."""
+        """student, teacher (M, B, N, D), class tokens (M, B, D), in the teacher's width. Returns a scalar."""
         assert student.shape == teacher.shape, (student.shape, teacher.shape)
         return F.mse_loss(student, teacher)

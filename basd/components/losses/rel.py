@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from basd.components.comparison import PROJECTION, TOKENS, TWO_VIEWS, Comparison
 from basd.components.losses.vrm import VRMLoss, inverse_length
 from basd.components.sizes import Sizes
+from basd.distributed import all_reduce_sum, average, join_rows
 
 # Purpose of the random stream that pairs are drawn from.
 PAIRS_STREAM = "rel_pairs"
@@ -71,17 +72,38 @@ def draw_pairs(vertices: int, count: int, generator: torch.Generator) -> tuple[T
 
 def differences(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """z_i − z_j of each pair (i, j). z (M, B, N, D) → (M, B, K, D)."""
-    return z.index_select(2, first) - z.index_select(2, second)
+    if first.numel() > z.shape[2]:
+        return z.index_select(2, first) - z.index_select(2, second)
+    # few pairs: a product with ±1, whose backward is a product too instead of a scattered sum
+    incidence = z.new_zeros(first.numel(), z.shape[2])
+    incidence.scatter_(1, first[:, None], 1.0).scatter_(1, second[:, None], -1.0)
+    return incidence @ z
 
 
-def edge_products(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """⟨a_i−a_j, b_i−b_j⟩ of each pair (i, j). a, b (M, B, N, D) → (M, B, K).
+def edge_products(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨a_i−a_j, a_i−a_j⟩, ⟨b_i−b_j, b_i−b_j⟩ and ⟨a_i−a_j, b_i−b_j⟩ of each pair (i, j). a, b (M, B, N, D) → (M, B, K).
 
-    On small grids from the Gram matrix of tokens centred per image, which needs no (M, B, K, D) tensor; where N² is
-    large against K, from the differences themselves.
+    On small grids from Gram matrices of tokens centred per image, which needs no (M, B, K, D) tensor; where N² is large
+    against K, from the differences themselves.
     """
     if a.shape[2] ** 2 > 16 * first.numel():
-        return (differences(a, first, second) * differences(b, first, second)).sum(dim=-1)
+        a, b = differences(a, first, second), differences(b, first, second)
+        return a.square().sum(dim=-1), b.square().sum(dim=-1), (a * b).sum(dim=-1)
+    a, b = centred(a), centred(b)
+    return (
+        gram_products(a, a, first, second).clamp_min(0.0),
+        gram_products(b, b, first, second).clamp_min(0.0),
+        gram_products(a, b, first, second),
+    )
+
+
+def centred(z: Tensor) -> Tensor:
+    """Vertices less their mean: edges do not feel a shift, and small norms keep Gram forms exact. (M, B, N, D)."""
+    return z - z.mean(dim=2, keepdim=True)
+
+
+def gram_products(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """⟨a_i−a_j, b_i−b_j⟩ of each pair from the Gram matrix of centred vertices. (M, B, N, D) → (M, B, K)."""
     gram = a @ b.transpose(-2, -1)
     tokens = gram.shape[-1]
     flat = gram.flatten(2)
@@ -100,13 +122,13 @@ def cosines(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def inverse_length_of(squared: Tensor) -> Tensor:
-    """1/√(‖edge‖²+ε²) of (M, B, K) squared lengths, ε = 1e-3 of the mean edge of the point."""
-    return inverse_length(squared, squared.detach().sqrt().mean(dim=(1, 2), keepdim=True))
+    """1/√(‖edge‖²+ε²) of (M, B, K) squared lengths, ε = 1e-3 of the mean edge of the point, over all processes."""
+    return inverse_length(squared, average(squared.detach().sqrt().mean(dim=(1, 2), keepdim=True))[0])
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Σ w·v/Σ w of each point. (M, B, K) → (M,)."""
-    return (values * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
+    """Σ w·v/Σ w of each point, over the batches of all processes. (M, B, K) → (M,)."""
+    return all_reduce_sum((values * weight).sum(dim=(1, 2))) / all_reduce_sum(weight.sum(dim=(1, 2)))
 
 
 class RelationLoss(nn.Module):
@@ -140,11 +162,8 @@ class RelationLoss(nn.Module):
         """student, teacher (M, B, N, D) in the teacher's width. Returns a scalar."""
         assert student.shape[2] == teacher.shape[2] == self.tokens, (student.shape, teacher.shape, self.tokens)
         if self.vertices == "pooled":
-            # one set of vertices, the batch: (M, 1, B, D)
-            student, teacher = student.mean(dim=2).unsqueeze(1), teacher.mean(dim=2).unsqueeze(1)
-        # edges do not feel a shift; small norms keep the Gram form exact
-        student = student - student.mean(dim=2, keepdim=True)
-        teacher = teacher - teacher.mean(dim=2, keepdim=True)
+            # one set of vertices, the batch of all processes: (M, 1, B, D)
+            student, teacher = (join_rows(tokens.mean(dim=2), dim=1).unsqueeze(1) for tokens in (student, teacher))
         first, second = (index.to(student.device) for index in self._pairs(student.shape[2], generator))
         errors = self._cosine_errors if self.edge == "cosine_gram" else self._edge_errors
         return weighted_mean(*errors(student, teacher, first, second)).mean()
@@ -154,11 +173,9 @@ class RelationLoss(nn.Module):
 
     def _edge_errors(self, student: Tensor, teacher: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """½‖e^s−e^t‖² or its Huber form, and the weight of each edge, both (M, B, K)."""
-        squared_s = edge_products(student, student, first, second).clamp_min(0.0)
-        squared_t = edge_products(teacher, teacher, first, second).clamp_min(0.0)
+        squared_s, squared_t, agreement = edge_products(student, teacher, first, second)
         weight = self._weight(squared_t)
         if self.delta is None:
-            agreement = edge_products(student, teacher, first, second)
             return 1 - agreement * self._scale(squared_s, weight) * self._scale(squared_t, weight), weight
         edges_s = differences(student, first, second) * self._scale(squared_s, weight).unsqueeze(-1)
         edges_t = differences(teacher, first, second) * self._scale(squared_t, weight).unsqueeze(-1)
@@ -166,7 +183,8 @@ class RelationLoss(nn.Module):
 
     def _cosine_errors(self, student: Tensor, teacher: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """(c^s−c^t)² over the teacher's mean square, or its Huber form, and the weight of each pair, both (M, B, K)."""
-        weight = self._weight(edge_products(teacher, teacher, first, second).clamp_min(0.0))
+        student, teacher = centred(student), centred(teacher)
+        weight = self._weight(gram_products(teacher, teacher, first, second).clamp_min(0.0))
         cosines_s, cosines_t = cosines(student, first, second), cosines(teacher, first, second)
         if self.delta is None:
             error = (cosines_s - cosines_t).square()
@@ -185,6 +203,7 @@ class RelationLoss(nn.Module):
     def _weight(self, squared: Tensor) -> Tensor:
         """0 for edges of the teacher that are shorter than the quantile `prune` of their point, else 1. (M, B, K)."""
         length = squared.sqrt()
-        flat = length.flatten(1)
+        # the quantile is that of all processes; every one has all pooled vertices as it is
+        flat = (length if self.vertices == "pooled" else join_rows(length, dim=1)).flatten(1)
         rank = int(self.prune * flat.shape[1]) + 1
         return (length >= flat.kthvalue(rank, dim=1).values[:, None, None]).to(squared.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from basd.components.comparison import CLS, FEATURES, TOKENS, Comparison
 from basd.components.sizes import Sizes
+from basd.distributed import average, world
 from basd.errors import UserError
 
 READS = {
@@ -62,7 +63,7 @@ def build_projector(kind: str, student_width: int, teacher_width: int) -> nn.Mod
         return nn.Sequential(
             nn.Linear(student_width, hidden, bias=False),
             # the projector only ever runs on training batches: running statistics would be dead state
-            nn.BatchNorm1d(hidden, track_running_stats=False),
+            JoinedBatchNorm(hidden, track_running_stats=False),
             nn.GELU(),
             nn.Linear(hidden, teacher_width, bias=False),
         )
@@ -76,18 +77,36 @@ def build_projector(kind: str, student_width: int, teacher_width: int) -> nn.Mod
     return nn.Identity()
 
 
+class JoinedBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the batches of all processes, without running statistics; torch's SyncBatchNorm refuses CPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, D) → (n, D)."""
+        assert not self.track_running_stats
+        if world() == 1:
+            return super().forward(input)
+        centred = input - average(input.mean(dim=0))[0]
+        scale = (average(centred.square().mean(dim=0))[0] + self.eps).rsqrt()
+        return centred * (scale * self.weight) + self.bias
+
+
 def cross_correlation(student: Tensor, teacher: Tensor, center: str) -> Tensor:
     """C = z_tᵀ z_s / n of centred, scaled channels. student, teacher: (M, B, N, D). Returns (M, D, D), rows teacher.
 
-    Channels are scaled by 1/√(var + 1e-5), the variance taken over the B·N centred samples.
+    Channels are scaled by 1/√(var + 1e-5), the variance taken over the B·N centred samples. The batch is that of all
+    processes.
     """
     axes = (1,) if center == "position" else (1, 2)
-    student = (student - student.mean(dim=axes, keepdim=True)).flatten(1, 2)
-    teacher = (teacher - teacher.mean(dim=axes, keepdim=True)).flatten(1, 2)
+    mean_s, mean_t = average(student.mean(dim=axes, keepdim=True), teacher.mean(dim=axes, keepdim=True))
+    student = (student - mean_s).flatten(1, 2)
+    teacher = (teacher - mean_t).flatten(1, 2)
     count = student.shape[1]
-    scale_s = (student.square().mean(dim=1) + 1e-5).rsqrt()
-    scale_t = (teacher.square().mean(dim=1) + 1e-5).rsqrt()
-    return (teacher.transpose(1, 2) @ student) / count * scale_t.unsqueeze(2) * scale_s.unsqueeze(1)
+    product, variance_s, variance_t = average(
+        (teacher.transpose(1, 2) @ student) / count, student.square().mean(dim=1), teacher.square().mean(dim=1)
+    )
+    scale_s = (variance_s + 1e-5).rsqrt()
+    scale_t = (variance_t + 1e-5).rsqrt()
+    return product * scale_t.unsqueeze(2) * scale_s.unsqueeze(1)
 
 
 def correlation_floor(teacher: Tensor, center: str, kappa: float, reduction: str = "per_dim") -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from basd.components.comparison import PROJECTION, TOKENS, Comparison
 from basd.components.sizes import Sizes
 from basd.components.spectrum import channel_groups, multiplicity, radii, real_bins, spatial_power, spatial_spectrum
+from basd.distributed import all_reduce_sum, world
 
 Grid = tuple[int, int]
 
@@ -59,7 +60,8 @@ def phase(student: Tensor, teacher: Tensor, grid: Grid) -> Tensor:
     cosine = (spectra[0] * spectra[1]).sum(dim=-3) / (magnitude_s * magnitude_t)
     weight = magnitude_t.detach() * multiplicity(grid).to(student)[:, None]
     axes = (1, 2, 3)
-    return (((1 - cosine) * weight).sum(dim=axes) / weight.sum(dim=axes)).mean()
+    # a ratio of sums: over the batches of all processes
+    return (all_reduce_sum(((1 - cosine) * weight).sum(dim=axes)) / all_reduce_sum(weight.sum(dim=axes))).mean()
 
 
 def half_of_band(student: Tensor, teacher: Tensor, grid: Grid, *, high: bool) -> Tensor:
@@ -70,17 +72,17 @@ def half_of_band(student: Tensor, teacher: Tensor, grid: Grid, *, high: bool) ->
 
 
 def band_difference(student: Tensor, teacher: Tensor, grid: Grid, band: Tensor) -> Tensor:
-    """Σ_band w|Δ|² / sg Σ_band w(|F_s|²+|F_t|²) per point. band: bool (h·(w//2+1),).
+    """Σ_band w|Δ|² / sg Σ_band w(|F_s|²+|F_t|²) per point, sums over all processes' batch. band: bool (h·(w//2+1),).
 
     The divisor gets a millionth of what the whole spectrum holds, so that a band empty on both sides counts 0.
     """
     band = band.to(student.device)
 
     def power(tokens: Tensor) -> Tensor:
-        return (spatial_power(tokens, grid) * band).sum(dim=(1, 2))
+        return all_reduce_sum((spatial_power(tokens, grid) * band).sum(dim=(1, 2)))
 
     present = power(student.detach()) + power(teacher.detach())
-    return (power(student - teacher) / (present + 1e-6 * 2 * student[0].numel())).mean()
+    return (power(student - teacher) / (present + 1e-6 * 2 * world() * student[0].numel())).mean()
 
 
 def half_spectrum(student: Tensor, teacher: Tensor, grid: Grid) -> Tensor:

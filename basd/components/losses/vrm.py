@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from basd.components.comparison import Comparison
+from basd.distributed import all_reduce_sum, join_rows, rank, world
 
 # Huber's δ where none is set.
 DEFAULT_DELTA = 1.0
@@ -45,7 +46,8 @@ def edge_loss(
     """Huber distance of the student's and the teacher's unit edges, summed over components, mean over edges.
 
     All are (V, F) vertices; weight (V, V) of real × virtual, 1 without it. Returns a scalar. Edges within one view are not
-    there. For the backward pass three tensors of V²·F numbers are kept.
+    there. For the backward pass three tensors of V²·F numbers are kept. Several processes are given the same vertices, and
+    each takes the edges of its part of the real ones.
     """
     with torch.no_grad():
         mean_s = torch.cdist(real_student, virtual_student).mean()
@@ -54,14 +56,13 @@ def edge_loss(
         weight = real_student.new_ones(len(real_student), len(virtual_student))
     total = real_student.new_zeros(())
     rows = max(1, BLOCK // virtual_student.numel())
-    for real_s, real_t, weights in zip(
-        real_student.split(rows), real_teacher.split(rows), weight.split(rows), strict=True
-    ):
+    own = (part[rank() :: world()].split(rows) for part in (real_student, real_teacher, weight))
+    for real_s, real_t, weights in zip(*own, strict=True):
         edges_s = unit_edges(real_s, virtual_student, mean_s)
         edges_t = unit_edges(real_t, virtual_teacher, mean_t)
         distance = F.huber_loss(edges_s, edges_t, reduction="none", delta=delta).sum(dim=-1)
         total = total + (distance * weights).sum()
-    return total / weight.sum()
+    return all_reduce_sum(total) / weight.sum()
 
 
 @torch.no_grad()
@@ -90,7 +91,8 @@ class VRMLoss(nn.Module):
 
     Inter-sample: the B images are the vertices, in the space of the C classes; unreliable edges (`prune`) have no weight.
     Inter-class: the classes are the vertices, in the space of the B images; none is pruned. Cost: (B²·C + C²·B) numbers per
-    kept tensor, three of them: 3.9 GB at B = 256, C = 1000, nearly all of it for the classes.
+    kept tensor, three of them: 3.9 GB at B = 256, C = 1000, nearly all of it for the classes. With several processes B is
+    the whole batch, whose logits each of them gathers; the edges are shared out.
     """
 
     def __init__(
@@ -115,8 +117,11 @@ class VRMLoss(nn.Module):
         self, real_student: Tensor, virtual_student: Tensor, real_teacher: Tensor, virtual_teacher: Tensor
     ) -> Tensor:
         """Logits (B, C). Returns a scalar."""
+        shapes = {x.shape for x in (real_student, virtual_student, real_teacher, virtual_teacher)}
+        assert len(shapes) == 1, shapes
+        real_student, virtual_student = join_rows(real_student), join_rows(virtual_student)
+        real_teacher, virtual_teacher = join_rows(real_teacher), join_rows(virtual_teacher)
         logits = (real_student, virtual_student, real_teacher, virtual_teacher)
-        assert len({x.shape for x in logits}) == 1, [x.shape for x in logits]
         loss = real_student.new_zeros(())
         if self.inter_sample_weight > 0:
             weight = reliable(real_teacher, virtual_teacher, self.prune)

@@ -12,6 +12,7 @@ from basd.components.selectors.depth import gaussian_prior
 from basd.components.selectors.learned import LearnedSelectorConfig
 from basd.components.sizes import Sizes
 from basd.components.spectrum import column_multiplicity, distinct_radii, equal_width_bands, radii, spatial_power
+from basd.distributed import average
 from basd.models.teacher import TeacherOutput
 
 LOG_FLOOR = 1e-6
@@ -32,7 +33,7 @@ def band_count(student_grid: tuple[int, int], teacher_grid: tuple[int, int]) -> 
 
 
 def spectral_descriptor(tokens: Tensor, grid: tuple[int, int], bands: int) -> Tensor:
-    """Descriptor of token maps, averaged over the batch. tokens (K, B, N, D) → (K, 2·bands + 2).
+    """Descriptor of token maps, averaged over the batch of all processes. tokens (K, B, N, D) → (K, 2·bands + 2).
 
     Log shares (+1e-6) of `bands` radial bands of |rfft2|² over the grid, of as many bands of |rfft|² along the channels,
     spatial spectral entropy in [0, 1], log intensity (mean square of the tokens). All float32.
@@ -59,7 +60,7 @@ def spectral_descriptor(tokens: Tensor, grid: tuple[int, int], bands: int) -> Te
         entropy.unsqueeze(-1),
         intensity.unsqueeze(-1),
     ]
-    return torch.cat(parts, dim=-1).mean(dim=1)
+    return average(torch.cat(parts, dim=-1).mean(dim=1))[0]
 
 
 def _band_shares(power: Tensor, band: Tensor, bands: int) -> Tensor:

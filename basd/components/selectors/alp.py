@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from basd.components.selectors.learned import LearnedSelectorConfig
 from basd.components.sizes import Sizes
+from basd.distributed import average
 from basd.models.teacher import TeacherOutput
 
 
@@ -32,7 +33,7 @@ def pooled_states(tokens: Tensor) -> Tensor:
 
 
 class AlpSelector(nn.Module):
-    """z_{m,l} = mean over images of ⟨W s_m, t_l⟩/√D_t, s and t pooled states; α = softmax(z/τ) over layers.
+    """z_{m,l} = mean over images (of all processes) of ⟨W s_m, t_l⟩/√D_t, s and t pooled states; α = softmax(z/τ) over layers.
 
     W (D_s → D_t, no bias, one for all points) stands only where the widths differ; with equal widths nothing is
     learned and α follows the student. Student states are detached.
@@ -53,4 +54,4 @@ class AlpSelector(nn.Module):
         layers = teacher.shared(("alp", "pooled"), lambda: teacher.normalized_tokens().mean(dim=2))
         images, width = layers.shape[1:]
         logits = states.flatten(1) @ layers.flatten(1).T / (images * math.sqrt(width))
-        return (logits / self.temperature).softmax(dim=-1)
+        return (average(logits)[0] / self.temperature).softmax(dim=-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from basd.components.sizes import Sizes
+from basd.distributed import average
 from basd.models.resampling import row_resampling
 
 
@@ -27,17 +28,21 @@ def aligner_diagnostics(
     weights = weights.float().expand(points, -1, -1, -1)
     aligned = weights @ tokens.float() if aligned is None else aligned.float()
     area = row_resampling(sizes.student_grid, sizes.teacher_grid).to(tokens.device) @ tokens.float()
-    total = (aligned - aligned.mean(dim=(1, 2), keepdim=True)).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
-    between = (aligned - aligned.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2, 3))
+    overall, position = average(aligned.mean(dim=(1, 2), keepdim=True), aligned.mean(dim=1, keepdim=True))
+    total = (aligned - overall).square().mean(dim=(1, 2, 3))
+    between = (aligned - position).square().mean(dim=(1, 2, 3))
     across = (aligned - aligned.mean(dim=2, keepdim=True)).square().mean(dim=(1, 2, 3))
-    reference = (area - area.mean(dim=2, keepdim=True)).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
+    reference = (area - area.mean(dim=2, keepdim=True)).square().mean(dim=(1, 2, 3))
     entropy = -torch.special.xlogy(weights, weights).sum(dim=-1).mean(dim=(1, 2)) / math.log(max(2, weights.shape[-1]))
-    singular = torch.linalg.svdvals(weights.mean(dim=1))
+    total, between, across, reference, entropy, mean_weights = average(
+        total, between, across, reference, entropy, weights.mean(dim=1)
+    )
+    singular = torch.linalg.svdvals(mean_weights)
     share = singular / singular.sum(dim=-1, keepdim=True)
     rank = torch.exp(-torch.special.xlogy(share, share).sum(dim=-1))
     return {
-        "input_variance_share": between / total,
-        "spatial_variance_share": across / reference,
+        "input_variance_share": between / total.clamp_min(1e-12),
+        "spatial_variance_share": across / reference.clamp_min(1e-12),
         "row_entropy": entropy,
         "effective_rank": rank,
     }

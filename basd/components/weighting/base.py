@@ -37,7 +37,7 @@ class Active:
 class Weighting(nn.Module):
     """Weights of the active losses of a step.
 
-    `forward(losses, ramps, step, generator)` gets the un-ramped losses (scalars with gradient) that are active, their
+    `forward(losses, ramps, step, generator)` gets the un-ramped losses (scalars, those of all processes) that are active, their
     ramps in (0, 1], the step from 0 and `generator(purpose)` for the step's random streams; it returns a scalar weight
     without gradient for each. The objective adds Σ w·ramp·L and `term`.
 
@@ -78,13 +78,9 @@ class Weighting(nn.Module):
         """What is added to the total beside the weighted losses, to train the weighting's own parameters."""
         return 0.0
 
-    def statistics(self, losses: Mapping[str, Tensor], ramps: Mapping[str, float]) -> Tensor:
-        """(n,) what the weights are computed from: the losses without their ramps."""
-        return torch.stack([value.detach().float() for value in losses.values()])
-
     def active(self, losses: Mapping[str, Tensor], ramps: Mapping[str, float]) -> Active:
         """The losses of a step and their scale; remembers the first value of those that are new."""
-        names, values = list(losses), self.statistics(losses, ramps)
+        names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
         if self.scale == "none":
             return Active(names, values, values, None)
         where = self.places(names, values.device)

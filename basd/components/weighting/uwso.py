@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,11 +37,13 @@ class UWSOWeighting(Weighting):
         super().__init__(losses, config.scale)
         self.config = config
 
-    def statistics(self, losses: Mapping[str, Tensor], ramps: Mapping[str, float]) -> Tensor:
-        values = super().statistics(losses, ramps)
+    def active(self, losses: Mapping[str, Tensor], ramps: Mapping[str, float]) -> Active:
+        found = super().active(losses, ramps)
         if self.config.order == "weights_then_ramp":
-            return values
-        return values * values.new_tensor([ramps[name] for name in losses])
+            return found
+        # ramped after the scale: a first value that was ramped too would hide the ramp for the rest of training
+        ramped = found.scaled * found.scaled.new_tensor([ramps[name] for name in found.names])
+        return replace(found, scaled=ramped)
 
     def weigh(self, active: Active, step: int, generator: Generators | None) -> Tensor:
         weights = torch.softmax(1 / (active.scaled + EPSILON) / self.config.temperature, dim=0)

@@ -1,0 +1,114 @@
+"""Memory of a training process: what an arm holds, and what to change where it was not enough."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+GIB = 2**30
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory was not enough."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of distinct tensors."""
+    distinct = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return sum(distinct.values())
+
+
+def begin_peak(device: torch.device) -> None:
+    """Forget the peak so far, and what only reference cycles still hold, such as models with hooks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that the device's allocator held since `begin_peak`; on CPU what this process holds; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """Memory of the device; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().total)
+
+
+def gibibytes(count: float) -> str:
+    """Bytes for people: "11.3 GiB", "240 MiB"."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def asked_bytes(error: BaseException | None) -> int:
+    """Bytes that the allocator was asked for when it gave up, as its message says; 0 where it does not."""
+    while error is not None:
+        found = re.search(r"[Tt]r(?:ied|ying) to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)", str(error))
+        if found:
+            return int(float(found[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}[found[2]])
+        error = error.__cause__
+    return 0
+
+
+def out_of_memory(
+    error: BaseException,
+    device: torch.device,
+    *,
+    precision: str,
+    batch_size: int,
+    accumulation: int,
+    arms: int,
+    held: int = 0,
+    fixed: int = 0,
+) -> str:
+    """One sentence: what was needed, what there is, and which settings to change.
+
+    `arms` lay side by side, each with `held` bytes of state; `fixed` bytes in all do not grow with the batch. What another
+    setting would need follows from the least that this one did: the state stays, the rest is in proportion to the batch.
+    """
+    peak, total = peak_bytes(device), total_bytes(device)
+    need = peak + asked_bytes(error) if peak is not None else None
+    figures = ""
+    if need is not None and total is not None:
+        figures = f" ({gibibytes(need)} or more are needed, {device} has {gibibytes(total)})"
+
+    def would_need(count: float) -> str:
+        return f"; it would need about {gibibytes(count)}" if need is not None else ""
+
+    ways = []
+    if arms > 1:
+        fewer = max(1, arms // 2)
+        predicted = would_need(need - (arms - fewer) * held) if need is not None else ""
+        ways.append(f"runtime.cohort_size={fewer} ({arms} arms lay side by side{predicted})")
+    if precision == "fp32" and device.type == "cuda":
+        ways.append("runtime.precision=bf16")
+    smaller = max(2, batch_size // 2)
+    predicted = would_need(fixed + max(0, need - fixed) * smaller / batch_size) if need is not None else ""
+    ways.append(f"recipe.batch_size={smaller} (now {batch_size}{predicted})")
+    ways.append(f"recipe.accumulation={2 * accumulation}, which halves what a step holds of the batch")
+    return f"out of memory{figures}: set {', or '.join(ways)}."

@@ -1,0 +1,183 @@
+"""Any ViT of timm's VisionTransformer family as a teacher, whatever its tokens; what cannot be one, refused by name."""
+
+from typing import Any
+
+import huggingface_hub.errors
+import pytest
+import timm
+import torch
+from timm.layers import AttentionRope
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch import Tensor
+
+from basd.errors import UserError
+from basd.models.resampling import resample_attention
+from basd.models.taps import check_tappable
+from basd.models.teacher import Teacher, TimmTeacherConfig, build_timm_teacher, check_timm_teacher
+
+SMALL: dict[str, Any] = {"img_size": 12, "patch_size": 4, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one head": {"num_heads": 1},
+    "many heads": {"num_heads": 12, "embed_dim": 48},
+    "deep": {"depth": 5},
+    "registers": {"reg_tokens": 4},
+    "registers without positions": {"reg_tokens": 4, "no_embed_class": True},
+    "normed queries and keys": {"qk_norm": True},
+    "layer scale": {"init_values": 0.5},
+    "norm before": {"pre_norm": True},
+    "no bias": {"qkv_bias": False},
+    "mean of patches": {"global_pool": "avg", "class_token": True},
+    "distillation token": {"distilled": True},
+}
+
+
+def build(kind: str) -> VisionTransformer:
+    torch.manual_seed(0)
+    options = {**SMALL, **VARIANTS[kind]}
+    model = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
+    built = model(**options)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return built.eval()
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+@torch.no_grad()
+def test_tokens_and_attention_of_every_kind(kind: str) -> None:
+    """Against the blocks' own outputs, and attention as timm computes it where it is not fused."""
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    reference = build(kind)
+    maps: list[Tensor] = []
+    blocks: list[Tensor] = []
+    for block in reference.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _m, _i, out: maps.append(out))
+        block.register_forward_hook(lambda _m, _i, out: blocks.append(out))
+    final = reference.forward_features(images)
+    teacher = Teacher(check_tappable(build(kind), kind))
+    out = teacher(images)
+    prefix = reference.num_prefix_tokens
+    assert prefix == 1 + (4 if "registers" in kind else 0) + (kind == "distillation token")
+    options = {**SMALL, **VARIANTS[kind]}
+    assert (teacher.shape.width, teacher.shape.depth, teacher.shape.heads) == (
+        options["embed_dim"],
+        options["depth"],
+        options["num_heads"],
+    )
+    torch.testing.assert_close(out.tokens, torch.stack([x[:, prefix:] for x in blocks]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.cls, torch.stack([x[:, 0] for x in blocks]), rtol=1e-4, atol=1e-5)
+    keep = [0, *range(prefix, prefix + 9)]
+    kept = torch.stack(maps)[..., keep, :][..., keep]
+    kept = kept / kept.sum(-1, keepdim=True)
+    got = out.attention((2, 2))
+    torch.testing.assert_close(got, resample_attention(kept, (2, 2), (3, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.sum(-1), torch.ones(got.shape[:-1]))
+    torch.testing.assert_close(out.features, reference.forward_head(final, pre_logits=True), rtol=1e-4, atol=1e-5)
+
+
+def test_a_distilled_teacher_by_name() -> None:
+    config = TimmTeacherConfig(model="deit_tiny_distilled_patch16_224", image_size=32, weights="random")
+    out = Teacher(build_timm_teacher(config, 10))(torch.randn(1, 3, 32, 32))
+    assert out.tokens.shape == (12, 1, 4, 192) and out.attention((2, 2)).shape == (12, 1, 3, 5, 5)
+
+
+# -- refused, before anything is built or downloaded ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may be downloaded here")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("vit_base_patch16_siglip_224", "has no class token.*; choose a ViT with one"),
+        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
+        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
+        ("eva02_tiny_patch14_224", "timm's eva family"),
+        ("vit_small_patch16_dinov3", "timm's eva family"),
+        ("beit_base_patch16_224", "timm's beit family; choose"),
+        ("vit_relpos_small_patch16_224", "timm's vision_transformer_relpos family"),
+        ("vit_small_patch14_dinov2.lvd", r"choose vit_small_patch14_dinov2\.lvd142m"),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused_by_name(model: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        build_timm_teacher(TimmTeacherConfig(model=model), 10)
+    assert model in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("size", "choose"), [(225, "224 or 238"), (10, "14")])
+def test_an_image_that_is_no_multiple_of_the_patch(size: int, choose: str) -> None:
+    with pytest.raises(UserError, match=rf"not a multiple of the 14 pixels .*; choose {choose}\.$"):
+        check_timm_teacher(TimmTeacherConfig(image_size=size))
+
+
+@pytest.mark.parametrize("layer", ["rope", "diff"])
+def test_other_attention_is_refused_by_name(layer: str) -> None:
+    model = VisionTransformer(**SMALL, **({"attn_layer": "diff"} if layer == "diff" else {}))
+    if layer == "rope":
+        model.blocks[1].attn = AttentionRope(24, num_heads=3)
+    with pytest.raises(UserError, match=r"this model uses \w+") as caught:
+        check_tappable(model, "this model")
+    assert type(model.blocks[1].attn).__name__ in str(caught.value)
+
+
+def test_other_blocks_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="this model is built of ParallelScalingBlock"):
+        check_tappable(VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), "this model")
+
+
+# -- the hub -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        huggingface_hub.errors.LocalEntryNotFoundError("An error happened while trying to locate the file.\nCheck it."),
+        huggingface_hub.errors.OfflineModeIsEnabled("Cannot reach https://huggingface.co: offline mode is enabled."),
+        OSError("[Errno 101] Network is unreachable"),
+        TimeoutError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_without_network_a_file_is_asked_for(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
+    with pytest.raises(UserError, match=r"cannot be downloaded \(.*\); give teacher\.weights=FILE") as caught:
+        build_timm_teacher(TimmTeacherConfig(model="test_vit.r160_in1k", image_size=64), 10)
+    assert "\n" not in str(caught.value) and type(error).__name__ in str(caught.value)
+
+
+def test_a_model_that_timm_offers_no_weights_for() -> None:
+    nothing = next(
+        name
+        for name in ("vit_small_patch16_36x1_224", "vit_huge_patch14_224")
+        if not timm.models.is_model_pretrained(name)
+    )
+    with pytest.raises(UserError, match=f"no weights for teacher.model={nothing}; give teacher.weights=FILE"):
+        build_timm_teacher(TimmTeacherConfig(model=nothing), 10)
+
+
+def test_weights_of_the_hub_load_strictly(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = timm.create_model("test_vit", pretrained=False).state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(state))
+    config = TimmTeacherConfig(model="test_vit.r160_in1k", image_size=160)
+    built = build_timm_teacher(config, 1000).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in built.items()) and built.keys() == state.keys()
+    del state["blocks.0.norm1.weight"]
+    with pytest.raises(UserError, match="cannot be built"):
+        build_timm_teacher(config, 1000)
