@@ -15,9 +15,11 @@ from basd.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from basd.grid.display import TeacherProgress
     from basd.grid.options import GridOptions
     from basd.grid.plan import Plan
 
+BENCHMARKS = ("taps", "step", "cohort", "data")
 OVERRIDES_HELP = "settings as KEY=VALUE, such as method=ce selector=uniform losses.rsd.kappa=0.02 seed=1"
 
 
@@ -54,6 +56,14 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--register", action="store_true", help="also make it a version in MLflow's model registry")
     export.add_argument("--output", metavar="DIR", help="where to write; exports/ARM_KEY without it")
     export.add_argument("--force", action="store_true", help="replace an earlier export")
+    bench = command("bench", "what parts cost on this machine, as ratios measured in one run")
+    bench.add_argument("what", choices=BENCHMARKS, help="what to measure")
+    bench.add_argument(
+        "--repeats", type=int, metavar="N", help="measured repeats (data: steps an epoch); 10 without it"
+    )
+    bench.add_argument(
+        "--json", metavar="FILE", help="also write the report as JSON; - prints it in place of the table"
+    )
     doctor = command("doctor", "versions, devices, data, teacher, tracking and ledger")
     for one in (plan, grid, worker, audit, sync):
         one.add_argument("name", help="an ablation: a file of experiments/ without .yaml")
@@ -64,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--allow-mixed-code", action="store_true", help="print a table whose arms are of several code versions"
         )
-    for one in (train, plan, grid, worker, status, audit, sync, report, teacher, export, doctor):
+    for one in (train, plan, grid, worker, status, audit, sync, report, teacher, export, bench, doctor):
         one.add_argument("overrides", nargs="*", help=OVERRIDES_HELP)
     return root
 
@@ -157,38 +167,10 @@ def console(quiet: bool = False) -> Console:
 # -- preparing ---------------------------------------------------------------------------------------------------------
 
 
-class TeacherProgress:
-    """A bar, or a line now and then, while a teacher is fitted on first use."""
+def teacher_progress(screen: Console, quiet: bool) -> TeacherProgress:
+    from basd.grid.display import TeacherProgress
 
-    def __init__(self, screen: Console, quiet: bool) -> None:
-        self._screen, self._quiet = screen, quiet
-        self._bar: Any = None
-        self._task: Any = None
-        self._said = -1
-
-    def __call__(self, step: int, total: int) -> None:
-        if self._said < 0:
-            self._screen.print("Fitting the teacher (once; it is cached afterwards).")
-            self._said = 0
-            if self._screen.is_terminal and not self._quiet:
-                from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-                columns = (TextColumn("teacher"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-                self._bar = Progress(*columns, console=self._screen)
-                self._task = self._bar.add_task("teacher", total=total)
-                self._bar.start()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-        elif step * 4 // total > self._said:
-            self._said = step * 4 // total
-            self._screen.print(f"teacher: {100 * step // total} % of the steps")
-        if step == total:
-            self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    return TeacherProgress(screen, quiet)
 
 
 def planned(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
@@ -198,7 +180,7 @@ def planned(given: argparse.Namespace, overrides: list[str], screen: Console) ->
     from basd.grid.options import GridOptions
     from basd.grid.plan import make_plan
 
-    progress = TeacherProgress(screen, given.quiet)
+    progress = teacher_progress(screen, given.quiet)
     try:
         plan = make_plan(given.name, overrides, progress)
     finally:
@@ -219,7 +201,7 @@ def train(given: argparse.Namespace, overrides: list[str]) -> int:
     from basd.grid.single import train_one
 
     screen = console(given.quiet)
-    progress = TeacherProgress(screen, given.quiet)
+    progress = teacher_progress(screen, given.quiet)
     try:
         status, _ = train_one(overrides, screen=screen, again=given.again, quiet=given.quiet, teacher_progress=progress)
         return status
@@ -434,7 +416,7 @@ def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
 
     screen = console(given.quiet)
     config = compose(overrides).config
-    progress = TeacherProgress(screen, given.quiet)
+    progress = teacher_progress(screen, given.quiet)
     try:
         prepared = prepare(config, progress).teacher
     finally:
@@ -513,6 +495,25 @@ def doctor(given: argparse.Namespace, overrides: list[str]) -> int:
     return examine(overrides, console(given.quiet))
 
 
+def bench(given: argparse.Namespace, overrides: list[str]) -> int:
+    import importlib
+
+    repeats = 10 if given.repeats is None else given.repeats
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats} measures nothing; write 1 or more.")
+    screen = console(given.quiet)
+    if given.json != "-":
+        screen.print(f"Measuring {given.what}; nothing else should run meanwhile.", markup=False)
+    from basd.benchmarks.display import print_report, write_json
+
+    found = importlib.import_module(f"basd.benchmarks.{given.what}").run(overrides, repeats)
+    if given.json != "-":
+        print_report(screen, found)
+    if given.json:
+        write_json(found, given.json)
+    return 0
+
+
 # What torchrun may start in several processes.
 TOGETHER = ("train", "grid", "worker")
 COMMANDS = {
@@ -526,5 +527,6 @@ COMMANDS = {
     "report": report,
     "teacher": teacher,
     "export": export,
+    "bench": bench,
     "doctor": doctor,
 }

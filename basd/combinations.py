@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from basd.errors import UserError
+from basd.models.teacher import timm_teacher_facts
 from basd.objective import demands
 from basd.training.recipe import RecipeConfig, parse_duration
 
@@ -19,7 +21,12 @@ def combination_errors(config: Config) -> list[str]:
     teacher = config.teacher
     if teacher.name == "digits_vit":
         problems.extend(teacher_errors(config, teacher.width, teacher.depth, teacher.heads))
-    parts = [config.data, config.views, *([config.mixing] if config.enabled else [])]
+    elif config.enabled:
+        problems.extend(_timm_teacher_errors(config))
+    wants = demands(config.losses, config.head_aligner)
+    # a loss that does not compare places has something to learn from mixed batches too
+    skips_all = bool(config.enabled) and wants.of_places == set(config.enabled)
+    parts = [config.data, config.views, *([config.mixing] if skips_all else [])]
     for part in parts:
         if hasattr(part, "problems"):
             problems.extend(part.problems())
@@ -154,6 +161,26 @@ def teacher_errors(config: Config, width: int, depth: int, heads: int) -> list[s
     if wants.selector and layer is not None and not 0 <= layer < depth:
         problems.append(
             f"selector.layer={layer} is not a block of the teacher, whose {depth} blocks are 0 to {depth - 1}"
+        )
+    return problems
+
+
+def _timm_teacher_errors(config: Config) -> list[str]:
+    """As `teacher_errors`, and a head that is asked for where none can be; from the model's structure, without weights."""
+    teacher = config.teacher
+    try:
+        shape, headless = timm_teacher_facts(teacher.model, teacher.image_size)
+    except UserError as error:
+        return [str(error).rstrip(".")]
+    problems = teacher_errors(config, shape.width, shape.depth, shape.heads)
+    if (
+        demands(config.losses, config.head_aligner).logits
+        and teacher.head == "own"
+        and teacher.weights_file is None
+        and headless
+    ):
+        problems.append(
+            f"teacher.head=own needs a classification head, but {teacher.model} has none; choose teacher.head=probe"
         )
     return problems
 

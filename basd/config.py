@@ -328,6 +328,9 @@ def _normalize_mixing(values: dict[str, Any], wants: Demands) -> None:
         mixing["name"] = kind
     if not wants.enabled:
         mixing.pop("targets", None)
+    elif mixing.get("targets") == "skip" and not wants.of_places:
+        # only losses that compare places are left out
+        mixing["targets"] = "follow"
 
 
 def _normalize_selector(selector: dict[str, Any], wants: Demands) -> None:
@@ -380,7 +383,11 @@ def without_effect(config: Config, overridden: typing.Iterable[str]) -> list[str
         section = key.split(".")[0]
         if section == "data" and key.split(".")[-1] in runtime_fields(config.data):
             continue
-        if section in NOT_SEMANTIC or key == "seed" or key.endswith((".enabled", ".weights")):
+        if (
+            section in NOT_SEMANTIC
+            or key == "seed"
+            or key.endswith((".enabled", ".weights", ".position_interpolation"))
+        ):
             continue
         if key in GROUPS:
             idle = section not in effective

@@ -172,11 +172,6 @@ def local_rows(batch_size: int, rank: int, world: int) -> Tensor:
     return torch.cat([first, (batch_size - 1 - first).flip(0)])
 
 
-def own_rows(batch_size: int) -> Tensor | None:
-    """`local_rows` of this rank; None where there is only one."""
-    return None if world() == 1 else local_rows(batch_size, rank(), world())
-
-
 def join_rows(value: Tensor, dim: int = 0) -> Tensor:
     """The whole batch in its own order, on every rank, of a tensor that holds this rank's rows; with autograd."""
     if world() == 1:
@@ -185,6 +180,11 @@ def join_rows(value: Tensor, dim: int = 0) -> Tensor:
     shape[dim] *= world()
     rows = local_rows(shape[dim], rank(), world()).to(value.device)
     return all_reduce_sum(value.new_zeros(shape).index_copy(dim, rows, value))
+
+
+def total(value: float) -> float:
+    """The sum over ranks of a number."""
+    return value if world() == 1 else float(_summed(torch.tensor(value, dtype=torch.float64)))
 
 
 def own_share(count: int) -> Tensor:

@@ -73,7 +73,7 @@ def _packages() -> str:
 def _device(config) -> str:
     import torch
 
-    from basd.training.cohort import choose_device
+    from basd.training.device import choose_device
 
     device = choose_device(config.runtime.device)
     if device.type == "cuda":
@@ -97,7 +97,7 @@ def _teacher(config) -> str:
         splits = load(config.data)
         if cached_teacher(config.teacher, config.data, splits) is None:
             return "not fitted yet; the first grid, or `basd teacher`, does it"
-        prepared = prepare_teacher(config.teacher, config.data, splits)
+        prepared = prepare_teacher(config.teacher, config.data, splits, logits=config.demands.logits)
         return f"{config.teacher.name}, {prepared.accuracy}, {prepared.path}"
     from basd.models.teacher import check_timm_teacher
 

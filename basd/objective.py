@@ -55,6 +55,8 @@ class Demands:
     reads: frozenset[str]
     # whether the head aligner compares every teacher layer by itself, without a mixture
     all_layers: bool
+    # the enabled losses that compare places of the image: tokens or maps
+    of_places: frozenset[str] = frozenset()
 
     @property
     def teacher(self) -> bool:
@@ -101,8 +103,10 @@ class Demands:
 
 def demands(losses: LossesConfig, head_aligner: Any) -> Demands:
     enabled = enabled_losses(losses)
-    reads: frozenset[str] = frozenset().union(*(getattr(losses, name).reads for name in enabled))
-    return Demands(enabled, reads, MAPS in reads and head_aligner.all_layers)
+    own: dict[str, frozenset[str]] = {name: getattr(losses, name).reads for name in enabled}
+    reads: frozenset[str] = frozenset().union(*own.values())
+    of_places = frozenset(name for name, read in own.items() if read & {TOKENS, CLS, PROJECTION, MAPS})
+    return Demands(enabled, reads, MAPS in reads and head_aligner.all_layers, of_places)
 
 
 @dataclass
@@ -216,7 +220,7 @@ class Objective(nn.Module):
                     student,
                     teacher,
                     labels=targets,
-                    mix=mix if self.mixing_targets == "follow" else None,
+                    mix=mix if self.mixing_targets in ("follow", "skip") else None,
                     step=step,
                     generator=generator,
                     views=views,
@@ -228,10 +232,9 @@ class Objective(nn.Module):
         return ObjectiveOutput(total, parts)
 
     def active(self, mix: Mix | None, step: int) -> list[str]:
-        """The losses that are computed at this step: on, ramp above 0, and not left out with the batch (`skip`)."""
-        if mix is not None and self.mixing_targets == "skip":
-            return []
-        return [name for name in self.enabled if self._ramp(name, step) > 0]
+        """The losses that are computed at this step: on, ramp above 0, and not left out on a mixed batch (`skip`)."""
+        left_out = self.demands.of_places if mix is not None and self.mixing_targets == "skip" else frozenset()
+        return [name for name in self.enabled if name not in left_out and self._ramp(name, step) > 0]
 
     def _distillation(
         self, comparison: Comparison, active: list[str], ramps: dict[str, float], parts: dict[str, Tensor | float]

@@ -61,6 +61,9 @@ def test_refused_with_the_way_out(overrides: list[str], said: str) -> None:
         ["losses.rsd.projector=none", "student.width=64", "student.heads=4"],
         ["mixing.targets=skip", "mixing.probability=0.5"],
         ["method=ce", "mixing.targets=skip"],
+        # a loss that does not compare places learns from mixed batches too
+        ["method=kd", "mixing.targets=skip"],
+        ["teacher=dinov2_vits14", "teacher.head=own"],
         ["selector=all_to_one", "selector.layer=3"],
     ],
 )
@@ -75,3 +78,23 @@ def test_several_are_listed_together() -> None:
     assert message.startswith("3 things do not fit:\n")
     for said in ("head_aligner=none", "num_pairs=999", "distillation_token"):
         assert message.count(said) >= 1
+
+
+def test_several_are_listed_together_for_a_teacher_that_is_not_there_yet() -> None:
+    """From the model's structure: nothing is downloaded."""
+    with pytest.raises(UserError) as error:
+        compose(
+            [
+                *("teacher=dinov2_vits14", "head_aligner=none", "losses.rsd.projector=none", "teacher.head=own"),
+                *("losses.logit.enabled=true", "selector=all_to_one", "selector.layer=12"),
+            ]
+        )
+    message = str(error.value)
+    assert message.startswith("4 things do not fit:\n")
+    for said in (
+        "head_aligner=none needs equal head counts, but the student has 3 and the teacher 6",
+        "projector=none needs equal widths, but the student's is 48 and the teacher's 384",
+        "selector.layer=12 is not a block of the teacher",
+        "teacher.head=own needs a classification head, but vit_small_patch14_dinov2.lvd142m has none",
+    ):
+        assert said in message

@@ -13,6 +13,8 @@ TOGGLES: dict[str, tuple[str, ...]] = {
         for name in ("basd_literal", "kd", "deit_soft", "deit_hard", "rsd", "barlow")
     },
     **{f"method={name}": (f"method={name}",) for name in ("vrm", "spectralkd", "a2d", "alp_kd", "layer_matching")},
+    # every loss from the first step on
+    "method=basd_literal,warmup=none": ("method=basd_literal", "warmup=none"),
     "method=feature_projection": ("method=feature_projection",),
     "method=ce": ("method=ce",),
     # student, views, mixing

@@ -103,7 +103,7 @@ class DiskImages:
 
     def describe(self, digest: Any) -> None:
         """Classes, labels, names and sizes of the files: not their bytes."""
-        digest.update("\n".join(self.class_names).encode())
+        digest.update("\n".join(self.class_names).encode(errors="surrogateescape"))
         digest.update(self.labels.numpy().tobytes())
         self.store.describe(digest, self.index)
 
@@ -116,12 +116,13 @@ class DiskImages:
         own = torch.empty_like(crops) if job.own is not None else None
         read, unreadable = job.indices.clone(), []
         for row in range(len(job.indices)):
-            draws = [drawn.take(slice(row, row + 1)) for drawn in (job.draws, job.own) if drawn is not None]
-            targets = [target[row] for target in (crops, own) if target is not None]
             for _ in range(MOST_SKIPPED):
                 try:
-                    for target, cropped in zip(targets, self._random_crops(int(read[row]), draws), strict=True):
-                        target.copy_(cropped)
+                    index = int(read[row])
+                    crops[row] = self._random_crop(index, job.draws.take(slice(row, row + 1)))
+                    if own is not None and job.own is not None:
+                        # decoded again: how coarsely must not depend on which arms train side by side
+                        own[row] = self._random_crop(index, job.own.take(slice(row, row + 1)))
                     break
                 except _UnreadableError as error:
                     unreadable.append(str(error))
@@ -146,19 +147,18 @@ class DiskImages:
                 read[row] = -1
         return Answer(squares, None, read, tuple(unreadable))
 
-    def _random_crops(self, index: int, draws: list[CropDraws]) -> list[Tensor]:
+    def _random_crop(self, index: int, draws: CropDraws) -> Tensor:
         with _Opened(self.store, int(self.index[index])) as image:
             width, height = image.size
-            places = [place_crops(drawn, height, width, self.crop) for drawn in draws]
-            boxes = [tuple(place.boxes[0].tolist()) for place in places]
-            cut = _cut(image, boxes, self.size, alone=True)
-            return [piece.flip(1) if bool(place.flips[0]) else piece for piece, place in zip(cut, places, strict=True)]
+            place = place_crops(draws, height, width, self.crop)
+            piece = _cut(image, tuple(place.boxes[0].tolist()), self.size, alone=True)
+            return piece.flip(1) if bool(place.flips[0]) else piece
 
     def _centre(self, index: int, size: int, share: float) -> Tensor:
         with _Opened(self.store, int(self.index[index])) as image:
             width, height = image.size
             side = min(width, height) * share
-            return _cut(image, [((height - side) / 2, (width - side) / 2, side, side)], size, alone=False)[0]
+            return _cut(image, ((height - side) / 2, (width - side) / 2, side, side), size, alone=False)
 
 
 class _Opened:
@@ -172,13 +172,16 @@ class _Opened:
         try:
             self.file = self.store.open(self.index)
             return self.file if isinstance(self.file, Image.Image) else Image.open(self.file)
+        except (MemoryError, UserError):
+            self._close()
+            raise
         except Exception as error:
             self._close()
             raise self._translated(error) from error
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         self._close()
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, MemoryError | UserError):
             raise self._translated(error) from error
 
     def _close(self) -> None:
@@ -186,8 +189,6 @@ class _Opened:
             self.file.close()
 
     def _translated(self, error: Exception) -> Exception:
-        if isinstance(error, MemoryError | UserError):
-            return error
         text = " ".join(str(error).split())
         if isinstance(error, OSError) and error.errno is not None:
             # the disk's fault or a missing file, not the image's: another image in its place would hide that
@@ -198,32 +199,27 @@ class _Opened:
         return _UnreadableError(f"{self.store.name(self.index)} ({reason})")
 
 
-def _cut(image: Image.Image, boxes: list[tuple[float, ...]], size: int, *, alone: bool) -> list[Tensor]:
-    """Boxes (y, x, height, width) of an image, each resized to uint8 (size,size,3): bilinear, with antialiasing.
+def _cut(image: Image.Image, box: tuple[float, ...], size: int, *, alone: bool) -> Tensor:
+    """A box (y, x, height, width) of an image, resized to uint8 (size,size,3): bilinear, with antialiasing.
 
-    `alone`: without the pixels around a box, as `basd.data.views.crop` and torchvision's random crop; otherwise as the whole
+    `alone`: without the pixels around the box, as `basd.data.views.crop` and torchvision's random crop; otherwise as the whole
     image resized and then cut, which is how images are evaluated.
     """
     width, height = image.size
+    y, x, h, w = box
     if image.format == "JPEG":
-        # the smallest box decides how coarsely the whole may be decoded
-        least_h, least_w = min(box[2] for box in boxes), min(box[3] for box in boxes)
-        wanted = (width * size * REDUCING_GAP / least_w, height * size * REDUCING_GAP / least_h)
+        # the box decides how coarsely the whole may be decoded
+        wanted = (width * size * REDUCING_GAP / w, height * size * REDUCING_GAP / h)
         image.draft("RGB", (max(1, round(wanted[0])), max(1, round(wanted[1]))))
     pixels = image if image.mode == "RGB" else image.convert("RGB")
     across, down = pixels.size[0] / width, pixels.size[1] / height
-    pieces = []
-    for y, x, h, w in boxes:
-        # rounding must not lead beyond the border
-        box = (x * across, y * down, min((x + w) * across, pixels.size[0]), min((y + h) * down, pixels.size[1]))
-        source = pixels
-        if alone:
-            left, top = math.floor(box[0]), math.floor(box[1])
-            source = pixels.crop((left, top, math.ceil(box[2]), math.ceil(box[3])))
-            box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-        piece = source.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        pieces.append(torch.from_numpy(np.array(piece)))
-    return pieces
+    # rounding must not lead beyond the border
+    place = (x * across, y * down, min((x + w) * across, pixels.size[0]), min((y + h) * down, pixels.size[1]))
+    if alone:
+        left, top = math.floor(place[0]), math.floor(place[1])
+        pixels = pixels.crop((left, top, math.ceil(place[2]), math.ceil(place[3])))
+        place = (place[0] - left, place[1] - top, place[2] - left, place[3] - top)
+    return torch.from_numpy(np.array(pixels.resize((size, size), Image.Resampling.BILINEAR, box=place)))
 
 
 def refuse(unreadable: tuple[str, ...]) -> UserError:

@@ -75,6 +75,8 @@ class ReaderStore:
     def describe(self, digest: Any, indices: Tensor) -> None:
         """Name, and numbers of the images."""
         digest.update(f"{self.title}\n{len(self.dataset)}".encode())
+        # of Hugging Face's data sets: another revision has another one
+        digest.update(str(getattr(getattr(self.reader, "dataset", None), "_fingerprint", "")).encode())
         digest.update(indices.numpy().tobytes())
 
 
@@ -83,6 +85,8 @@ def load_timm(config: Any) -> Splits:
     problems = config.problems()
     if problems:
         raise UserError(" ".join(problems))
+    if config.dataset.lower().startswith("torch/"):
+        _check_torch_splits(config)
     splits = [_split(config, name) for name in (config.train_split, config.test_split)]
     (train, labels, names), (test, test_labels, test_names) = splits
     if names and test_names and names != test_names:
@@ -107,6 +111,16 @@ def load_timm(config: Any) -> Splits:
     rest, held_out = hold_out(labels, config.validation_share, config.split_seed)
     whole = _images(train, labels, classes, config)
     return Splits(whole.subset(rest), whole.subset(held_out), _images(test, test_labels, classes, config))
+
+
+def _check_torch_splits(config: Any) -> None:
+    """timm takes any name but these two for the test images of torchvision's data sets."""
+    known = ("train", "training")
+    if config.train_split not in known or config.test_split in known:
+        raise UserError(
+            f"data.train_split={config.train_split} and data.test_split={config.test_split} are not the two splits of "
+            f"{config.dataset}; choose data.train_split=train and data.test_split=val."
+        )
 
 
 def _split(config: Any, split: str) -> tuple[Store, Tensor, tuple[str, ...]]:

@@ -84,13 +84,16 @@ def _info(root: Path) -> dict[str, Any]:
                 values = json.loads((root / name).read_text())
             except (OSError, ValueError) as error:
                 raise UserError(f"{root / name} cannot be read ({error}); correct or remove it.") from error
-            return values if isinstance(values, dict) else {}
+            splits = values.get("splits", {}) if isinstance(values, dict) else None
+            if not isinstance(splits, dict) or not all(isinstance(split, dict) for split in splits.values()):
+                raise UserError(f"{root / name} does not map splits to their shards; correct or remove it.")
+            return splits
     return {}
 
 
 def _shards_of(root: Path, split: str, info: dict[str, Any]) -> tuple[list[Path], str]:
     """The shards of a split in order, and the field of the JSON beside an image that holds its label ("": `.cls` does)."""
-    known = info.get("splits", {}).get(split)
+    known = info.get(split)
     if known is not None:
         paths = [root / str(name) for name in known.get("filenames", ())]
         missing = [path for path in paths if not path.is_file()]

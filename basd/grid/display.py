@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from basd.tracking.files import read_json
 
@@ -226,7 +226,7 @@ def print_prediction(console: Console, plan: Plan, left: Mapping[str, int], prob
 
 def _memory(count: int, arms: int, *, processes: int, device: str) -> str:
     """What a process will hold, in a sentence; on CUDA of the device's memory, else of this machine's."""
-    from basd.training.cohort import choose_device
+    from basd.training.device import choose_device
     from basd.training.memory import gibibytes, total_bytes
 
     used = choose_device(device)
@@ -247,3 +247,37 @@ def _milliseconds(seconds: Sequence[float]) -> str:
     """One number, or the least and the most."""
     low, high = f"{1000 * min(seconds):.0f}", f"{1000 * max(seconds):.0f}"
     return f"{low} ms" if low == high else f"{low}–{high} ms"
+
+
+class TeacherProgress:
+    """A bar, or a line now and then, while a teacher is fitted on first use."""
+
+    def __init__(self, screen: Console, quiet: bool) -> None:
+        self._screen, self._quiet = screen, quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._said = -1
+
+    def __call__(self, step: int, total: int) -> None:
+        if self._said < 0:
+            self._screen.print("Fitting the teacher (once; it is cached afterwards).")
+            self._said = 0
+            if self._screen.is_terminal and not self._quiet:
+                from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+                columns = (TextColumn("teacher"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+                self._bar = Progress(*columns, console=self._screen)
+                self._task = self._bar.add_task("teacher", total=total)
+                self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        elif step * 4 // total > self._said:
+            self._said = step * 4 // total
+            self._screen.print(f"teacher: {100 * step // total} % of the steps")
+        if step == total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -33,7 +33,7 @@ from basd.data.images import fingerprint
 from basd.errors import UserError
 from basd.grid.ablations import load_ablation, merge_overrides
 from basd.models.taps import attention_of
-from basd.training.cohort import check_device
+from basd.training.device import check_device
 from basd.training.recipe import parse_duration
 from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher
 from basd.version import code_version
@@ -183,7 +183,7 @@ class Resources:
 def prepare(config: Config, progress: Callable[[int, int], None] | None = None) -> Resources:
     """Load the data and make the teacher ready, and its head where a loss reads logits, fitting them on first use."""
     splits = load_data(config.data)
-    teacher = prepare_teacher(config.teacher, config.data, splits, progress)
+    teacher = prepare_teacher(config.teacher, config.data, splits, progress, config.demands.logits)
     if config.demands.logits:
         prepare_head(teacher, config.teacher, config.data, splits, progress)
     return Resources(teacher, fingerprint(splits), len(splits.train))

@@ -26,7 +26,8 @@ from basd.config import FrozenArm, digest, from_dict
 from basd.grid.options import GridOptions
 from basd.training import random_streams as streams
 from basd.training.arm import EVALUATION_BATCH
-from basd.training.cohort import ArmResult, Cohort, choose_device, cpu_threads
+from basd.training.cohort import ArmResult, Cohort
+from basd.training.device import choose_device, cpu_threads
 from basd.training.memory import peak_bytes
 from basd.training.recorder import NullRecorder
 

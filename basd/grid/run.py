@@ -250,11 +250,14 @@ def _work_here(
         def report(key: str, step: int, total: int) -> None:
             progress(key, step, total)
             if time.monotonic() - shown[0] >= POLL:
-                states = ledger.arms(keys)
+                shown[0] = time.monotonic()
+                try:
+                    states = ledger.arms(keys)
+                except UserError:
+                    return  # a ledger locked for a while: the display waits, training does not
                 count = Counter(state.state for state in states.values())
                 failed = sum(state.permanent for state in states.values())
                 display.update(_steps(plan, options, states), count["complete"], failed)
-                shown[0] = time.monotonic()
 
         return load_trainer(options.trainer)(arms, directories, recorders, progress=report, **callbacks)
 

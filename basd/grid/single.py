@@ -19,7 +19,7 @@ from basd.grid.worker import Stop, Worker, load_trainer
 from basd.grid.worker import prepare as prepare_directory
 from basd.tracking.journal import Journal, last_event
 from basd.tracking.mirror import Mirror, check_tracking, is_mirrored
-from basd.training.cohort import check_device
+from basd.training.device import check_device
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -261,13 +261,18 @@ class Stop:
 
     def __init__(self, parent: int | None = None) -> None:
         self.parent = parent
-        self.asked = False
+        self.asked = False  # by a signal: the second one ends the process
+        self.told = False  # by another process or for its sake
 
     def __call__(self) -> bool:
-        if not self.asked and self.parent is not None and os.getppid() != self.parent:
+        if not (self.asked or self.told) and self.parent is not None and os.getppid() != self.parent:
             log.warning("the process that started this worker is gone; giving back its arms")
-            self.asked = True
-        return self.asked
+            self.told = True
+        return self.asked or self.told
+
+    def ask(self) -> None:
+        """Become true."""
+        self.told = True
 
     def listen(self) -> None:
         """Install the signal handlers."""

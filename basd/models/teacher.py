@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,11 +107,11 @@ def build_digits_vit(config: DigitsViTConfig, classes: int) -> VisionTransformer
     return model
 
 
-def build_timm_teacher(config: TimmTeacherConfig, classes: int | None = None) -> VisionTransformer:
+def build_timm_teacher(config: TimmTeacherConfig, classes: int | None = None, logits: bool = True) -> VisionTransformer:
     """A timm ViT with its weights, and with the checkpoint's own head where `config.head` and `classes` of the data ask for it.
 
     `UserError` where the name, the family, the image size, the weights or the head do not fit, before anything large is
-    built. Without `classes` there is no head.
+    built. Without `classes` there is no head; without `logits` nothing will read it, and one that is missing is no error.
     """
     from timm.models import get_pretrained_cfg
 
@@ -123,7 +124,7 @@ def build_timm_teacher(config: TimmTeacherConfig, classes: int | None = None) ->
         own, size = offered.num_classes if isinstance(offered.classifier, str) else 0, offered.input_size[-1]
     else:
         own = size = 0
-    kept = _own_head_classes(config, own, classes)
+    kept = _own_head_classes(config, own, classes, logits)
     try:
         model = _create(config, checkpoint, size, kept)
     except UserError:
@@ -154,6 +155,17 @@ def _checked(config: TimmTeacherConfig) -> tuple[VisionTransformer, Checkpoint |
         raise _not_built(config, error) from error
     check_fit(checkpoint, structure, config.architecture, "choose the teacher.model that it belongs to")
     return structure, checkpoint
+
+
+@lru_cache(maxsize=64)
+def timm_teacher_facts(model: str, image_size: int) -> tuple[TeacherShape, bool]:
+    """A timm model's sizes, and whether its published weights are without a head; `UserError` where it cannot be a teacher."""
+    from timm.models import get_pretrained_cfg
+
+    config = TimmTeacherConfig(model=model, image_size=image_size)
+    _check_name(config)
+    offered = get_pretrained_cfg(model)
+    return teacher_shape(_structure(config)), offered is not None and offered.num_classes == 0
 
 
 def _check_name(config: TimmTeacherConfig) -> None:
@@ -207,13 +219,16 @@ def _structure(config: TimmTeacherConfig) -> VisionTransformer:
     return model
 
 
-def _own_head_classes(config: TimmTeacherConfig, own: int, classes: int | None) -> int:
-    """Classes of the own head that the teacher keeps; 0: none. `own`: those of the checkpoint's one head, 0 without one."""
+def _own_head_classes(config: TimmTeacherConfig, own: int, classes: int | None, needed: bool) -> int:
+    """Classes of the own head that the teacher keeps; 0: none. `own`: those of the checkpoint's one head, 0 without one.
+
+    `needed`: whether something will read its logits.
+    """
     if classes is None or config.head == "probe":
         return 0
     if own == classes:
         return classes
-    if config.head == "own":
+    if config.head == "own" and needed:
         has = f"one of {own} classes" if own else "no single classification head"
         raise UserError(
             f"teacher.head=own needs a head of the data's {classes} classes, but {config.model} has {has}; "

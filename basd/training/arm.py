@@ -20,6 +20,7 @@ from basd.data.feed import evaluation_batches, worker_count
 from basd.data.images import ImageSource
 from basd.data.views import normalize
 from basd.distributed import average_gradients, join_shares, own_share, rank, world
+from basd.errors import UserError
 from basd.evaluation.classification import classification_metrics, predict_batches
 from basd.models.student import StudentOutput, TappedStudent, build_student
 from basd.models.taps import grid_of
@@ -256,7 +257,11 @@ class TrainingArm:
         logits, labels = (join_shares(part, len(images)) for part in predict_batches(forward, views))
         # what cannot be decoded is left out
         readable = labels >= 0
+        if not readable.any():
+            raise UserError(f"no image of the {split} split can be decoded; check the data.")
         metrics = classification_metrics(logits[readable], labels[readable])
+        if not readable.all():
+            metrics["unreadable"] = float((~readable).sum())
         return {f"{split}/{name}": value for name, value in metrics.items()}
 
     def state(self) -> dict[str, Any]:

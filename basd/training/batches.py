@@ -62,6 +62,8 @@ class CropFeed:
         """`steps`: where training ends. `parts`: the rows of each part of a step's batch. `own`: see `wanted_crops`."""
         self.source, self.batch_size, self.seed, self.steps = source, batch_size, seed, steps
         self.parts, self.own, self.workers = list(parts), own, workers
+        # images that are read at once
+        self._share = max(batch_size if rows is None else len(rows) for rows in self.parts)
         self._at: tuple[int, int] | None = None  # step and part that the stream gives next
         self._stream: Generator[Crops, None, None] | None = None
 
@@ -71,7 +73,7 @@ class CropFeed:
             return None
         if self._at != (step, part):
             self.close()
-            self._stream = crop_batches(self.source, self._wanted(step, part), self.batch_size, self.workers)
+            self._stream = crop_batches(self.source, self._wanted(step, part), self._share, self.workers)
         assert self._stream is not None
         found = next(self._stream)
         self._at = (step, part + 1) if part + 1 < len(self.parts) else (step + 1, 0)

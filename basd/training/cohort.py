@@ -11,8 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from basd.config import Config, FrozenArm, from_dict
 from basd.data import load as load_data
 from basd.data.disk import DiskImages
 from basd.data.feed import worker_count
-from basd.data.images import Splits, epoch_order
+from basd.data.images import Splits, epoch_order, fingerprint
 from basd.distributed import local_rows, rank, world
 from basd.errors import UserError
 from basd.models.teacher import Teacher
@@ -35,6 +34,7 @@ from basd.training import random_streams as streams
 from basd.training.arm import TrainingArm
 from basd.training.batches import CropFeed, StepBatch, TeacherViews
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from basd.training.device import check_device, cpu_threads
 from basd.training.memory import begin_peak, bytes_of, is_out_of_memory, out_of_memory
 from basd.training.precision import choose_precision, compiler, half_type
 from basd.training.recorder import Recorder
@@ -92,6 +92,7 @@ class Cohort:
         if world() > 1 and self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         splits = distributed.first_then_all(lambda: load_data(first.data))
+        check_data(splits, arms[0])
         self.splits = Splits(*(part.to(self.device) for part in splits))
         self.may_skip = isinstance(splits.train, DiskImages) and splits.train.skip
         self.view_size = first.student.image_size
@@ -102,11 +103,14 @@ class Cohort:
         self.teacher_config = first.teacher
         self.teacher: Teacher | None = None
         if any(config.enabled for config in configs):
-            prepared = distributed.first_then_all(lambda: prepare_teacher(first.teacher, first.data, splits))
-            check_fingerprint(prepared, arms[0])
             wanted = [demands(config.losses, config.head_aligner) for config in configs]
+            logits = any(want.logits for want in wanted)
+            prepared = distributed.first_then_all(
+                lambda: prepare_teacher(first.teacher, first.data, splits, logits=logits)
+            )
+            check_fingerprint(prepared, arms[0])
             head = None
-            if any(want.logits for want in wanted):
+            if logits:
                 make = partial(prepare_head, prepared, first.teacher, first.data, splits)
                 head = distributed.first_then_all(make).to(self.device)
                 distributed.copy_from_first(head.parameters())
@@ -128,6 +132,7 @@ class Cohort:
             own=any(getattr(config.views, "geometry", "") == "independent" for config in configs),
             workers=worker_count(first.runtime.workers, self.device),
         )
+        self.unreadable: set[str] = set()
         self.results: list[ArmResult] = []
         self.members: list[_Member] = []
         for frozen, config, directory, recorder in zip(arms, configs, directories, recorders, strict=True):
@@ -180,6 +185,12 @@ class Cohort:
 
     def run(self) -> list[ArmResult]:
         """Train until no arm is left; returns the results in the order in which the arms ended."""
+        for _ in self.steps():
+            pass
+        return self.results
+
+    def steps(self) -> Generator[int, None, None]:
+        """As `run`, handing over after each step, with its number from 0."""
         for member in list(self.members):
             # killed after its last step but before its end was written
             if member.arm.step >= member.arm.total_steps:
@@ -188,17 +199,20 @@ class Cohort:
             while self.members:
                 step = min(member.arm.step for member in self.members)
                 epoch = step // self.steps_per_epoch
-                self._epoch(epoch, step - epoch * self.steps_per_epoch)
+                yield from self._epoch(epoch, step - epoch * self.steps_per_epoch)
         finally:
             self.feed.close()
-        return self.results
 
-    def _epoch(self, epoch: int, first: int) -> None:
+    def _epoch(self, epoch: int, first: int) -> Iterator[int]:
         """From batch `first` of an epoch to its end."""
         order = epoch_order(len(self.splits.train), self.batch_size, streams.generator(self.seed, streams.ORDER, epoch))
         clock = _Clock(time.perf_counter())
         for position in range(first, self.steps_per_epoch):
-            if distributed.any_rank(self.stop()):
+            asked = self.stop()
+            if distributed.any_rank(asked):
+                if not asked and hasattr(self.stop, "ask"):
+                    # another process was: what is trained after this cohort must not start either
+                    self.stop.ask()
                 for member in list(self.members):
                     self._attempt(member, partial(self._leave, member))
                 return
@@ -223,6 +237,7 @@ class Cohort:
             for member in list(self.members):
                 if member.arm.step == step + 1 and (last or member.arm.step == member.arm.total_steps):
                     self._attempt(member, partial(self._end_epoch, member, epoch, clock))
+            yield step
 
     def _batches(self, indices: Tensor, epoch: int, step: int, clock: _Clock) -> Iterator[StepBatch]:
         """The parts of a step's batch, one after the other, with their clean views made."""
@@ -233,7 +248,10 @@ class Cohort:
             # the views that every arm starts from are input, and counted as such
             batch.clean(self.members[0].config.student.image_size if self.members else self.view_size)
             clock.data += time.perf_counter() - began
-            clock.unreadable += batch.unreadable
+            for said in batch.unreadable:
+                if said not in self.unreadable:
+                    self.unreadable.add(said)
+                    log.warning("%s cannot be decoded; another image of the split stands for it", said)
             yield batch
             del batch
 
@@ -300,7 +318,7 @@ class Cohort:
         final = arm.step == arm.total_steps
         values = clock.metrics()
         if self.may_skip:
-            values["data/corrupt"] = float(member.corrupt)
+            values["data/corrupt"] = distributed.total(float(member.corrupt))
             member.corrupt = 0
         if (epoch + 1) % member.config.recipe.validate_every == 0 or final:
             values.update(arm.evaluate(self.splits.validation, "val"))
@@ -367,7 +385,6 @@ class _Clock:
     data: float = 0.0
     images: int = 0
     arms: int = 1
-    unreadable: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         elapsed = max(1e-9, time.perf_counter() - self.start)
@@ -401,27 +418,13 @@ def reason_of(error: BaseException) -> str:
     return text if own and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def choose_device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise UserError(f"runtime.device={wanted} is not a device; write auto, cpu, cuda or cuda:0.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"runtime.device={wanted}, but no CUDA device is usable here; choose runtime.device=cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+def check_data(splits: Splits, arm: FrozenArm) -> None:
+    """`UserError` where the data of this process is not what was planned: another copy, or files that changed since."""
+    found = fingerprint(splits)
+    if found != arm.data_fingerprint:
         raise UserError(
-            f"runtime.device={wanted}, but there are {torch.cuda.device_count()} CUDA devices, numbered from 0."
+            f"the data here ({found}) is not that of the plan ({arm.data_fingerprint}); restore it, or plan again."
         )
-    return device
-
-
-def check_device(config: Config) -> torch.device:
-    """The device of this process; `UserError` where it is not there, or where the batch cannot be split over the processes."""
-    if world() > 1:
-        local_rows(config.recipe.batch_size, 0, world() * config.recipe.accumulation)
-    return distributed.local_device(choose_device(config.runtime.device))
 
 
 def check_fingerprint(prepared: PreparedTeacher, arm: FrozenArm) -> None:
@@ -430,16 +433,6 @@ def check_fingerprint(prepared: PreparedTeacher, arm: FrozenArm) -> None:
             f"the teacher's weights here ({prepared.fingerprint}) are not those of the plan ({arm.teacher_fingerprint}); "
             "plan again, or restore the teacher with BASD_CACHE or teacher.weights."
         )
-
-
-@contextmanager
-def cpu_threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train_cohort(
@@ -462,13 +455,15 @@ def train_announced(
     with cpu_threads(threads):
         try:
             return distributed.attempt(lambda: Cohort(arms, directories, recorders, **callbacks).run())
+        except distributed.PeerLostError:
+            raise  # whatever ended the other process, this one has to leave
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             # the failure of an arm does not come here
             raise UserError(
-                "out of memory before the first step: the data and the teacher do not fit; choose a smaller teacher, or end "
-                "other programs that use the device."
+                "out of memory outside of any arm: the data, the teacher and the views of a batch do not fit; choose a smaller "
+                "teacher or recipe.batch_size, or end other programs that use the device."
             ) from error
 
 

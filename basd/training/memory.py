@@ -67,7 +67,9 @@ def gibibytes(count: float) -> str:
 
 def asked_bytes(error: BaseException | None) -> int:
     """Bytes that the allocator was asked for when it gave up, as its message says; 0 where it does not."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         found = re.search(r"[Tt]r(?:ied|ying) to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)", str(error))
         if found:
             return int(float(found[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}[found[2]])

@@ -110,16 +110,20 @@ def statistics_of(teacher: Any, data: Any) -> tuple[list[float], list[float]]:
 
 
 def prepare_teacher(
-    teacher: Any, data: Any, splits: Splits, progress: Callable[[int, int], None] | None = None
+    teacher: Any,
+    data: Any,
+    splits: Splits,
+    progress: Callable[[int, int], None] | None = None,
+    logits: bool = True,
 ) -> PreparedTeacher:
-    """The teacher that a configuration names, with its own head where it has a fitting one.
+    """The teacher that a configuration names, with its own head where it has a fitting one; `logits`: whether they are read.
 
     `progress(step, steps)` is called while one is fitted.
     """
     if isinstance(teacher, DigitsViTConfig):
         return _digits_vit(teacher, data, splits, progress)
     with streams.isolated(0, streams.TEACHER_INIT):
-        model = build_timm_teacher(teacher, splits.train.classes)
+        model = build_timm_teacher(teacher, splits.train.classes, logits)
     return PreparedTeacher(model.eval(), weights_fingerprint(model), None, None, teacher.weights_file)
 
 

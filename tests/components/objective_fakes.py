@@ -87,7 +87,7 @@ def make(enabled: tuple[str, ...] = LOSSES, s: Sizes | None = None, **choices: A
     losses = LossesConfig()
     for name in enabled:
         getattr(losses, name).enabled = True
-    for key in [k for k in choices if k in LOSSES]:
+    for key in [k for k in choices if hasattr(losses, k)]:
         for field, value in choices.pop(key).items():
             setattr(getattr(losses, key), field, value)
     parts = Parts(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from objective_fakes import (
+    CLASSES,
     CUTMIX,
     LOSSES,
     MIXES,
@@ -172,6 +173,46 @@ def test_what_is_off_does_not_exist() -> None:
     assert make(("rel",), s=sizes(width=12)).projections is None
 
 
+ALL = (*LOSSES, "logit", "feature")
+
+
+@pytest.mark.parametrize("off", ALL)
+def test_off_is_neither_built_nor_computed(off: str, teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Teacher(teacher.model, head=nn.Linear(16, CLASSES))
+    complete = make(ALL)
+    kind = type(complete.losses[off])
+    calls = []
+    original = kind.compare
+    monkeypatch.setattr(kind, "compare", lambda self, comparison: calls.append(off) or original(self, comparison))
+    assert f"loss/{off}" in numbers(run(complete, seen)) and calls == [off]
+    rest = make(tuple(name for name in ALL if name != off))
+    assert off not in rest.losses
+    parts = numbers(run(rest, seen))
+    assert calls == [off], "computed although it is off"
+    assert not {name for name in parts if name.endswith(f"/{off}")}
+
+
+@pytest.mark.parametrize(
+    ("enabled", "settings", "built"),
+    [
+        (("logit",), {}, set()),
+        (("rsd",), {"rsd": {"samples": "pre_logits"}}, set()),
+        (("rel",), {"rel": {"vertices": "logits"}}, set()),
+        (("rsd",), {}, {"selector", "token_aligner"}),
+        (("rel",), {}, {"selector", "token_aligner", "projections"}),
+        (("spectral",), {}, {"selector", "token_aligner", "projections"}),
+        (("attn",), {}, {"selector", "head_aligner"}),
+        (("attn",), {"head_aligner": HEAD_ALIGNERS["a2d"]()}, {"head_aligner"}),
+        (("feature",), {"feature": {"samples": "cls"}}, {"selector", "projections"}),
+        (("feature", "attn"), {}, {"selector", "token_aligner", "projections", "head_aligner"}),
+    ],
+)
+def test_only_what_a_loss_reads_is_built(enabled: tuple[str, ...], settings: dict, built: set[str]) -> None:
+    objective = make(enabled, **settings)
+    parts = ("selector", "token_aligner", "head_aligner", "projections")
+    assert {name for name in parts if getattr(objective, name) is not None} == built
+
+
 def test_a_loss_with_ramp_zero_is_not_computed(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = make(warmup=WARMUPS["staggered"]())  # starts 0, 5, 10, 15
     heads = Calls(objective.head_aligner)
@@ -234,6 +275,18 @@ def test_skip_leaves_mixed_batches_without_any_loss(mix: str, teacher: Teacher) 
         assert not present and selector.count == 0
         assert parts["train/loss"] == parts["train/ce"]
         assert not {name for name in parts if name.startswith(("weight/", "selector/"))}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_skip_leaves_losses_that_compare_no_places(mix: str, teacher: Teacher) -> None:
+    """Pre-logits features of a mixed batch are compared with features mixed like the labels, as with `follow`."""
+    skipping, following = (
+        make(("rsd", "rel"), rsd={"samples": "pre_logits"}, mixing_targets=targets) for targets in ("skip", "follow")
+    )
+    assert skipping.demands.of_places == {"rel"}
+    parts = numbers(run(skipping, teacher, mix=MIXES[mix]))
+    assert parts["loss/rsd"] == numbers(run(following, teacher, mix=MIXES[mix]))["loss/rsd"]
+    assert ("loss/rel" in parts) == (mix == "none")
 
 
 def test_active_says_which_losses_are_computed() -> None:

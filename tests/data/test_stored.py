@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stored_fakes import write_folder, write_shards
+from stored_fakes import picture, write_folder, write_shards
 
 from basd.data import ImageSet, fingerprint, load
 from basd.data.disk import DiskImages
@@ -103,7 +103,8 @@ def test_reading_goes_on_in_the_middle_without_decoding_what_was_skipped(tmp_pat
     monkeypatch.setattr(type(train.store), "open", _counting(type(train.store).open, opened))
     rest = read(train, 0, range(2, 3))
     assert same(whole[2:], rest)
-    assert sorted(opened) == sorted(train.index[wanted(len(train), 2).indices].tolist())
+    # once for the shared crop and once for the student's own
+    assert sorted(opened) == sorted(2 * train.index[wanted(len(train), 2).indices].tolist())
 
 
 def _counting(original, opened: list[int]):
@@ -176,6 +177,20 @@ def test_large_jpegs_are_decoded_coarsely_and_look_the_same(tmp_path: Path) -> N
     (views, _), *_ = evaluation_batches(test, 16, 1.0, 9, CPU)
     full = Image.open(path).resize((16, 16), Image.Resampling.BILINEAR, box=(80, 0, 720, 640))
     assert np.abs(views[0].permute(1, 2, 0).numpy() * 255 - np.array(full)).mean() < 2
+
+
+def test_a_crop_does_not_depend_on_what_else_is_cut(tmp_path: Path) -> None:
+    """A small crop of the student's own must not make the shared one finer: arms are the same alone and in a cohort."""
+    write_folder(tmp_path, train=8, test=1)
+    for path in (tmp_path / "train").rglob("*.JPEG"):
+        picture(1100, 1400, len(str(path))).save(path, quality=95)
+    train = load(config_of(tmp_path)).train
+    assert isinstance(train, DiskImages)
+    with_own = [next(crop_batches(train, [wanted(len(train), step)], 6, 0)) for step in range(3)]
+    without = [next(crop_batches(train, [wanted(len(train), step, own=False)], 6, 0)) for step in range(3)]
+    assert all(one.own is not None and other.own is None for one, other in zip(with_own, without, strict=True))
+    for one, other in zip(with_own, without, strict=True):
+        assert torch.equal(one.images, other.images)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -282,6 +297,22 @@ def test_streams_and_unknown_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tiny-train-0001.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match=r"the shard .*tiny-train-0001.tar cannot be read"):
         load(timm_config(tmp_path))
+
+
+@pytest.mark.parametrize("info", ['{"splits": null}', '{"splits": ["train"]}', '{"splits": {"train": []}}', "[]"])
+def test_a_table_of_shards_of_another_form_is_one_sentence(tmp_path: Path, info: str) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "_info.json").write_text(info)
+    with pytest.raises(UserError, match=r"_info.json does not map splits to their shards"):
+        load(timm_config(tmp_path))
+
+
+@pytest.mark.parametrize(("train", "test"), [("trian", "val"), ("train", "training"), ("test", "val")])
+def test_torchvision_splits_are_named_as_timm_knows_them(tmp_path: Path, train: str, test: str) -> None:
+    """Any other name would be the test images."""
+    config = TimmConfig(root=str(tmp_path), dataset="torch/cifar10", train_split=train, test_split=test)
+    with pytest.raises(UserError, match="are not the two splits of torch/cifar10"):
+        load(config)
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ def test_a_shipped_table_opens_with_question_command_and_cost(name: str) -> None
     assert lines[2].startswith("# Cost:     ")
 
 
+# rows that are another one's computation for the digits student, not for deeper ones
+TWINS = {"selectors/every_block": "basd"}
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_of_a_shipped_table_can_be_trained_and_differs_from_the_others(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -70,7 +74,7 @@ def test_every_row_of_a_shipped_table_can_be_trained_and_differs_from_the_others
             continue
         problems += [f"row {row.name}: {text}" for text in without_effect(config, overridden_keys(row.overrides))]
         twin = computations.setdefault(digest(normalized(config)), row.name)
-        if twin != row.name:
+        if twin != row.name and TWINS.get(f"{name}/{row.name}") != twin:
             problems.append(f"row {row.name} is the same computation as {twin}")
     assert not problems, "\n".join(problems)
 

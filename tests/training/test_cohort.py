@@ -35,6 +35,9 @@ VARIANTS = {
     "single": ("views=single", "mixing=none", "selector.entropy=spread"),
     "independent": ("views.geometry=independent", "mixing=mixup", "token_aligner.gradient=detached"),
     "clean_targets": ("mixing.targets=clean", "weighting.order=ramp_then_weights", "weighting.scale=none"),
+    # what changes from epoch to epoch: the decay of a2d's weight, and weights from the means of past epochs
+    "a2d": ("method=a2d",),
+    "dwa": ("weighting=dwa", "warmup=none"),
     "ce": ("method=ce",),
 }
 
@@ -258,6 +261,9 @@ def test_a_teacher_that_changed_is_refused(together, tmp_path: Path) -> None:
     values = arms["basd"].to_dict()
     changed = FrozenArm.from_dict({**values, "teacher_fingerprint": "0" * 16})
     with pytest.raises(cohort_module.UserError, match="are not those of the plan"):
+        run([changed], tmp_path)
+    changed = FrozenArm.from_dict({**values, "data_fingerprint": "0" * 16})
+    with pytest.raises(cohort_module.UserError, match="the data here .* is not that of the plan"):
         run([changed], tmp_path)
 
 

@@ -181,7 +181,7 @@ def test_a_teacher_that_does_not_fit_is_one_sentence(
         raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
     monkeypatch.setattr(Teacher, "__init__", failing)
-    with pytest.raises(UserError, match="out of memory before the first step"):
+    with pytest.raises(UserError, match="out of memory outside of any arm"):
         train([tiny_arm()], tmp_path)
 
 
@@ -193,6 +193,9 @@ def test_other_errors_are_none_of_memory() -> None:
     assert is_out_of_memory(wrapped)
     assert asked_bytes(wrapped) == 3 * 2**29
     assert asked_bytes(RuntimeError(CPU_MESSAGE)) == 2**32
+    own = MemoryError()
+    own.__cause__ = own
+    assert asked_bytes(own) == 0
     assert asked_bytes(MemoryError()) == 0
 
 

@@ -117,6 +117,8 @@ def test_own_head_is_frozen_and_apart_from_the_model(splits: Splits) -> None:
 def test_own_head_of_other_classes_is_refused(splits: Splits) -> None:
     with pytest.raises(UserError, match=r"teacher\.head=probe"):
         prepare_teacher(dataclasses.replace(CONFIG, head="own"), DATA, splits)
+    # where nothing reads logits, a missing head is no error
+    assert prepare_teacher(dataclasses.replace(CONFIG, head="own"), DATA, splits, logits=False).model.num_classes == 0
 
 
 # -- the regression ----------------------------------------------------------------------------------------------------

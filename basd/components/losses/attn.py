@@ -76,7 +76,10 @@ class AttentionLoss(nn.Module):
         """The loss of one step; None if the teacher's maps say nothing."""
         aligner: Any = comparison.bridges.head_aligner
         if aligner.all_layers:
-            return self._compare_all_layers(*aligner(comparison.scores.float(), comparison.target_maps))
+            found = self._compare_all_layers(*aligner(comparison.scores.float(), comparison.target_maps))
+            if found is None:
+                comparison.note({"loss/attn_skipped_points": float(len(self.sizes.points))})
+            return found
         shares = comparison.alpha.detach()
         layers = comparison.layer_maps
         averaged: bool = aligner.averages_heads
