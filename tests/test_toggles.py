@@ -96,8 +96,12 @@ NEVER: dict[str, tuple[str, ...]] = {
     "token_aligner.gradient=detached": ("token_aligner.",),
     "token_aligner.values=projected,detached": ("token_aligner.",),
 }
-# Parameters whose loss starts after the first step.
-LATER: dict[str, tuple[str, ...]] = {"warmup=staggered": ("projections.", "head_aligner.")}
+# Parameters without a gradient at the first step: their loss starts later, or is at the value that they start for.
+LATER: dict[str, tuple[str, ...]] = {
+    "warmup=staggered": ("projections.", "head_aligner."),
+    # e^s·L/L_first − s with s = 0
+    "weighting=imtl_l,scale=first": ("weighting.s.",),
+}
 # Behind W_q, which starts at zero: no gradient at the first step, but at the second.
 ZERO_START = ("selector.key.", "selector.student_norm.", "selector.teacher_norm.")
 
