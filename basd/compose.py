@@ -74,8 +74,9 @@ class _Schema:
     seed: int = 0
 
 
+@lru_cache(maxsize=1)
 def register() -> None:
-    """Put every component's dataclass into Hydra's ConfigStore; safe to repeat."""
+    """Put every component's dataclass into Hydra's ConfigStore, once a process."""
     store = ConfigStore.instance()
     store.store(name="schema", node=_Schema, replace=True)
     for group, options in GROUPS.items():

@@ -146,7 +146,7 @@ def test_bfloat16_autocast_gives_finite_gradients(name: str, bench: Callable[...
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
-STEPS, KILLED_AFTER = 6, 3
+STEPS, KILLED_AFTER = 4, 2
 
 
 def train(arms: dict[str, FrozenArm], root: Path, stop_after: int | None = None) -> dict[str, MemoryRecorder]:
