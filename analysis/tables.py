@@ -52,8 +52,21 @@ _LAST = {
 }
 
 
+# what an arm costs, by whole name
+_COSTS = {
+    "time/step_milliseconds": Metric("time/step_milliseconds", "ms a step", False, False, 1),
+    "time/images_per_second": Metric("time/images_per_second", "images/s", False, True, 1),
+    "time/data_wait_share": Metric("time/data_wait_share", "data wait", True, False, 1),
+    "system/peak_megabytes": Metric("system/peak_megabytes", "peak MB", False, False, 0),
+    "cost/student_parameters": Metric("cost/student_parameters", "student parameters", False, False, 0),
+    "cost/distillation_parameters": Metric("cost/distillation_parameters", "other parameters", False, False, 0),
+}
+
+
 def metric(name: str) -> Metric:
-    """The usual way to show a metric of that name: accuracies and ECE in percent, losses lower-is-better."""
+    """The usual way to show a metric of that name: accuracies and ECE in percent, losses and costs lower-is-better."""
+    if name in _COSTS:
+        return _COSTS[name]
     where, _, last = name.rpartition("/")
     label, percent, higher = _LAST.get(last, (last, False, True))
     return Metric(name, f"{where} {label}".strip(), percent, higher, 2 if percent else 4)

@@ -274,7 +274,7 @@ def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code:
         title=made.name,
         rows=tuple(analysis.LayoutRow(row.name, row.label, row.section) for row in made.rows),
         reference=made.reference,
-        metrics=(analysis.metric(made.metric),),
+        metrics=tuple(analysis.metric(name) for name in made.metrics),
         question=made.question,
         seeds=made.seeds,
         notes=(f"Setting: {made.setting}; teacher {_teacher_note(made)}.", f"Plan {made.hash}."),

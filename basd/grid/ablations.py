@@ -12,6 +12,8 @@ A file names its rows, or the factors that they are combined from, or both:
       - {name: ce, factors: {rsd: off, rel: off}, overrides: [method=ce]}
       - {name: kd, overrides: [method=kd]}  # stands beside the combinations
 
+`rows_of: NAME` takes over the rows of another file; this file's overrides come after theirs. `metric` is one final metric or a list.
+
 A row with `factors` takes the place of that combination, under its own name. A row's overrides are the file's, then those of
 its levels, then its own; of two for one key the later counts.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,14 @@ import basd
 from basd.config import suggest
 from basd.errors import UserError
 
-METRICS = ("test/top1", "test/top5", "test/nll", "test/ece", "val/top1")
-FILE_KEYS = ("question", "reference", "metric", "seeds", "overrides", "factors", "section", "rows")
+FINAL = ("test/top1", "test/top5", "test/nll", "test/ece", "val/top1")
+# of the last epoch, or of the arm
+COSTS = (
+    *("time/step_milliseconds", "time/images_per_second", "time/data_wait_share", "system/peak_megabytes"),
+    *("cost/student_parameters", "cost/distillation_parameters"),
+)
+METRICS = (*FINAL, *COSTS)
+FILE_KEYS = ("question", "reference", "metric", "seeds", "overrides", "factors", "section", "rows", "rows_of")
 ROW_KEYS = ("name", "label", "section", "factors", "overrides")
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 # combinations are named after what is on, rsd+rel, and after levels, T=2+scale=none
@@ -58,7 +66,7 @@ class Ablation:
     name: str
     question: str
     reference: str
-    metric: str
+    metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
     factors: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -79,8 +87,11 @@ def ablation_files() -> dict[str, Path]:
     return found
 
 
-def load_ablation(name: str) -> Ablation:
-    """Read and check an ablation's file; `UserError` names the first thing that is wrong with it."""
+def load_ablation(name: str, *, may_take_over: bool = True) -> Ablation:
+    """Read and check an ablation's file; `UserError` names the first thing that is wrong with it.
+
+    Without `may_take_over` a file with `rows_of` is refused, so that files cannot name each other in a circle.
+    """
     files = ablation_files()
     if name not in files:
         raise UserError(f"{name} is not an ablation{suggest(name, files)}")
@@ -91,7 +102,7 @@ def load_ablation(name: str) -> Ablation:
         line = f" at line {where.line + 1}" if where else ""
         raise UserError(f"experiments/{name}.yaml is not readable as YAML{line}; correct it and run again.") from error
     try:
-        return _read(name, values)
+        return _read(name, values, may_take_over)
     except _FileError as error:
         raise UserError(f"experiments/{name}.yaml: {error}") from error
 
@@ -103,20 +114,26 @@ def merge_overrides(*groups: Iterable[str]) -> list[str]:
     return [text for place, text in enumerate(texts) if last[text.partition("=")[0]] == place]
 
 
-def _read(name: str, values: Any) -> Ablation:
+def _read(name: str, values: Any, may_take_over: bool) -> Ablation:
     if not isinstance(values, Mapping):
         raise _FileError("it is empty; write question, reference, seeds, and rows or factors.")
     _check_keys("", values, FILE_KEYS)
+    if "rows_of" in values and not may_take_over:
+        raise _FileError("it takes its own rows from another file; name that one in rows_of.")
     lacking = [key for key in ("question", "reference", "seeds") if key not in values]
-    if "rows" not in values and "factors" not in values:
+    if not {"rows", "factors", "rows_of"} & set(values):
         lacking.append("rows")
     if lacking:
         raise _FileError(f"it lacks {', '.join(lacking)}; it needs question, reference, seeds, and rows or factors.")
     if not re.fullmatch(FILE_NAME, name):
         raise _FileError(f"the name {name} must be letters, digits, dots, dashes and underscores; rename the file.")
-    metric = str(values.get("metric", "test/top1"))
-    if metric not in METRICS:
-        raise _FileError(f"metric: {metric} is not a final metric{suggest(metric, METRICS)}")
+    given = values.get("metric", "test/top1")
+    metrics = tuple(str(one) for one in given) if isinstance(given, list) else (str(given),)
+    for metric in metrics:
+        if metric not in METRICS:
+            raise _FileError(f"metric: {metric} is not a final metric{suggest(metric, METRICS)}")
+    if not metrics or len(set(metrics)) < len(metrics):
+        raise _FileError("metric must name at least one metric, each once.")
     seeds = values["seeds"]
     whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not whole or len(set(seeds)) < len(seeds):
@@ -126,7 +143,7 @@ def _read(name: str, values: Any) -> Ablation:
     listed = values.get("rows") or []
     if not isinstance(listed, list):
         raise _FileError("rows must be a list, each row with name and overrides.")
-    rows = [_row(row, common, levels) for row in listed]
+    rows = [*_taken_over(values, common), *(_row(row, common, levels) for row in listed)]
     taken: dict[tuple[tuple[str, str], ...], str] = {}
     for row in rows:
         if row.factors:
@@ -147,7 +164,21 @@ def _read(name: str, values: Any) -> Ablation:
     if reference not in names:
         raise _FileError(f"the reference {reference} is not a row{suggest(reference, names)}")
     factors = {factor: tuple(choices) for factor, choices in levels.items()}
-    return Ablation(name, str(values["question"]), reference, metric, tuple(seeds), tuple(rows), factors)
+    return Ablation(name, str(values["question"]), reference, metrics, tuple(seeds), tuple(rows), factors)
+
+
+def _taken_over(values: Mapping[str, Any], common: Sequence[str]) -> list[Row]:
+    """The rows of the ablation that `rows_of` names, with this file's overrides after their own."""
+    if "rows_of" not in values:
+        return []
+    if "factors" in values:
+        raise _FileError("rows_of and factors do not go together; keep one.")
+    name = str(values["rows_of"])
+    files = ablation_files()
+    if name not in files:
+        raise _FileError(f"rows_of: {name} is not an ablation{suggest(name, files)}")
+    rows = load_ablation(name, may_take_over=False).rows
+    return [replace(row, overrides=tuple(merge_overrides(row.overrides, common)), factors={}) for row in rows]
 
 
 def _check_keys(where: str, values: Mapping[Any, Any], known: Sequence[str]) -> None:

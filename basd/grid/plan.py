@@ -61,7 +61,7 @@ class Plan:
     setting: str
     question: str
     reference: str
-    metric: str
+    metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     rows: tuple[PlanRow, ...]
     # row name → seed → arm key; rows that are the same computation share keys
@@ -94,6 +94,10 @@ class Plan:
         given["cells"] = {row: {int(seed): key for seed, key in cell.items()} for row, cell in given["cells"].items()}
         given["arms"] = {key: FrozenArm.from_dict(arm) for key, arm in given["arms"].items()}
         given["seeds"] = tuple(given["seeds"])
+        if "metric" in given:
+            # a plan of before tables had several
+            given["metrics"] = [given.pop("metric")]
+        given["metrics"] = tuple(given["metrics"])
         given["notices"] = tuple(given["notices"])
         return cls(**given)
 
@@ -376,7 +380,7 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
         setting=setting,
         question=ablation.question,
         reference=ablation.reference,
-        metric=ablation.metric,
+        metrics=ablation.metrics,
         seeds=tuple(seeds),
         rows=tuple(rows),
         cells=cells,

@@ -233,6 +233,11 @@ class TrainingArm:
         """The student that is evaluated and exported: the average where there is one, else the last weights."""
         return self.student if self.average is None else self.average.student
 
+    def parameter_counts(self) -> dict[str, float]:
+        """Numbers of parameters of the exported student, and of everything else that is trained."""
+        parts = {"cost/student_parameters": self.student, "cost/distillation_parameters": self.objective}
+        return {name: float(sum(p.numel() for p in part.parameters())) for name, part in parts.items()}
+
     def held_bytes(self) -> int:
         """Bytes that stay between steps: weights, gradients, optimizer, average."""
         tensors = self.weights

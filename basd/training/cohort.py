@@ -35,7 +35,7 @@ from basd.training.arm import TrainingArm
 from basd.training.batches import CropFeed, StepBatch, TeacherViews
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from basd.training.device import check_device, cpu_threads
-from basd.training.memory import begin_peak, bytes_of, is_out_of_memory, out_of_memory
+from basd.training.memory import begin_peak, bytes_of, is_out_of_memory, keep_freed_memory, out_of_memory, peak_bytes
 from basd.training.precision import choose_precision, compiler, half_type
 from basd.training.recorder import Recorder
 from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher, statistics_of
@@ -99,6 +99,8 @@ class Cohort:
         self.steps_per_epoch = len(splits.train) // first.recipe.batch_size
         self.batch_size = first.recipe.batch_size
         self.accumulation = first.recipe.accumulation
+        if self.device.type == "cpu":
+            keep_freed_memory()
         begin_peak(self.device)
         self.teacher_config = first.teacher
         self.teacher: Teacher | None = None
@@ -232,6 +234,7 @@ class Cohort:
                 # before the next batch and before evaluations: the teacher's tokens and maps are the most that a step holds
                 del batch, teacher
             clock.images += self.batch_size
+            clock.steps += 1
             clock.arms = due
             last = position == self.steps_per_epoch - 1
             for member in list(self.members):
@@ -317,6 +320,9 @@ class Cohort:
         arm = member.arm
         final = arm.step == arm.total_steps
         values = clock.metrics()
+        peak = peak_bytes(self.device)
+        if peak is not None:
+            values["system/peak_megabytes"] = peak / 1e6
         if self.may_skip:
             values["data/corrupt"] = distributed.total(float(member.corrupt))
             member.corrupt = 0
@@ -346,7 +352,8 @@ class Cohort:
         metrics = arm.evaluate(self.splits.test, "test")
         metrics["val/top1"] = arm.evaluate(self.splits.validation, "val")["val/top1"]
         distributed.by_first(lambda: arm.export(member.directory))
-        self._record(member, {name: value for name, value in metrics.items() if name.startswith("test/")})
+        ends = {name: value for name, value in metrics.items() if name.startswith("test/")}
+        self._record(member, {**ends, **arm.parameter_counts()})
         distributed.by_first(member.recorder.flush)
         return ArmResult(member.frozen.arm_key, "complete", metrics)
 
@@ -384,11 +391,13 @@ class _Clock:
     start: float
     data: float = 0.0
     images: int = 0
+    steps: int = 0
     arms: int = 1
 
     def metrics(self) -> dict[str, float]:
         elapsed = max(1e-9, time.perf_counter() - self.start)
         values = {"time/images_per_second": self.images / elapsed, "time/data_wait_share": self.data / elapsed}
+        values["time/step_milliseconds"] = 1e3 * elapsed / max(1, self.steps)
         values["time/arms_in_cohort"] = float(self.arms)
         values.update(system_metrics())
         return values

@@ -46,7 +46,7 @@ def trace(method: str) -> Trace:
     assert result.status == "complete", result.reason
     merged: dict[int, dict[str, float]] = {}
     for step, values in recorder.results:
-        kept = {name: value for name, value in values.items() if not name.startswith(("val/", "test/"))}
+        kept = {name: value for name, value in values.items() if not name.startswith(("val/", "test/", "cost/"))}
         merged.setdefault(step, {}).update(kept)
     return [{"step": step, **values} for step, values in sorted(merged.items())]
 

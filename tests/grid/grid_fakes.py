@@ -45,7 +45,7 @@ def make_plan(rows: int, seeds: int, special: dict[tuple[int, int], dict[str, An
         setting=SETTING,
         question="?",
         reference="row0",
-        metric="test/top1",
+        metrics=("test/top1",),
         seeds=tuple(range(seeds)),
         rows=tuple(PlanRow(f"row{r}", f"Row {r}", f"{r:016x}", ()) for r in range(rows)),
         cells={f"row{r}": {s: arms[r, s].arm_key for s in range(seeds)} for r in range(rows)},

@@ -172,6 +172,41 @@ def test_of_two_overrides_for_one_key_the_later_counts() -> None:
     assert merge_overrides(["losses.rsd.kappa=1"], ["losses.rsd=x"]) == ["losses.rsd.kappa=1", "losses.rsd=x"]
 
 
+def test_rows_of_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep names, labels and sections; this file's overrides come last. Files cannot name each other in a circle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / "experiments" / f"{name}.yaml").write_text(text)
+
+    write(
+        "one",
+        HEAD + "rows: [{name: a, overrides: [method=ce, seed_of=1]}, {name: b, label: B, section: s, overrides: []}]\n",
+    )
+    write(
+        "two",
+        HEAD
+        + "metric: [test/top1, test/nll]\nrows_of: one\noverrides: [seed_of=2]\nrows: [{name: c, overrides: []}]\n",
+    )
+    two = load_ablation("two")
+    assert [(row.name, row.label, row.section, row.overrides) for row in two.rows] == [
+        ("a", "a", "", ("method=ce", "seed_of=2")),
+        ("b", "B", "s", ("seed_of=2",)),
+        ("c", "c", "", ("seed_of=2",)),
+    ]
+    assert two.metrics == ("test/top1", "test/nll") and load_ablation("one").metrics == ("test/top1",)
+    write("three", HEAD + "rows_of: three\n")
+    with pytest.raises(UserError, match="takes its own rows from another file"):
+        load_ablation("three")
+    write("four", HEAD + "rows_of: oen\n")
+    with pytest.raises(UserError, match="rows_of: oen is not an ablation; did you mean one"):
+        load_ablation("four")
+    write("five", HEAD + "rows_of: one\n" + TWO)
+    with pytest.raises(UserError, match="rows_of and factors do not go together"):
+        load_ablation("five")
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 ROW = "rows: [{name: a, overrides: []}]\n"
@@ -192,6 +227,8 @@ ROW = "rows: [{name: a, overrides: []}]\n"
         ),
         (HEAD + ROW + "metirc: y\n", "metirc is not known here; did you mean metric?"),
         (HEAD + ROW + "metric: test/top2\n", "test/top2 is not a final metric"),
+        (HEAD + ROW + "metric: []\n", "metric must name at least one metric, each once"),
+        (HEAD + ROW + "metric: [test/nll, test/nll]\n", "metric must name at least one metric, each once"),
         (HEAD.replace("[0]", "[0, 0]") + ROW, "must be different whole numbers"),
         (HEAD.replace("[0]", "3") + ROW, "must be different whole numbers"),
         (HEAD + "rows: a\n", "rows must be a list"),

@@ -85,9 +85,10 @@ def test_factor_levels_stay_in_the_plan(tiny_plan) -> None:
     assert Plan.load(plan.save()).rows == plan.rows
 
 
-def test_plans_written_before_there_were_factors_still_load(tiny_plan) -> None:
+def test_plans_written_before_there_were_factors_or_several_metrics_still_load(tiny_plan) -> None:
     plan = tiny_plan("leave_one_out", "seeds=[0]")
     values = plan.to_dict()
+    (values["metric"],) = values.pop("metrics")
     for row in values["rows"]:
         del row["factors"]
     assert Plan.from_dict(values) == plan

@@ -67,6 +67,9 @@ def test_every_arm_of_the_cohort_has_its_own_key_and_result(together) -> None:
         final = recorders[name].results[-1][1]
         assert final["test/top1"] == results[arm.arm_key].metrics["test/top1"]
         assert {"test/top5", "test/nll", "test/ece"} <= final.keys()
+        own = sum(value.numel() for value in state_of(folder / arm.arm_key).values())
+        assert final["cost/student_parameters"] == own
+        assert (final["cost/distillation_parameters"] == 0) == (name == "ce")
         assert state_of(folder / arm.arm_key).keys() == state_of(folder / arms["ce"].arm_key).keys()
         assert not list((folder / arm.arm_key).glob("checkpoint*")), "a complete arm keeps no checkpoint"
     states = [state_of(folder / arm.arm_key)["head.weight"] for arm in arms.values()]

@@ -72,9 +72,9 @@ def draw_pairs(vertices: int, count: int, generator: torch.Generator) -> tuple[T
 
 def differences(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """z_i − z_j of each pair (i, j). z (M, B, N, D) → (M, B, K, D)."""
-    if first.numel() > z.shape[2]:
+    if z.device.type == "cpu" or first.numel() > z.shape[2]:
         return z.index_select(2, first) - z.index_select(2, second)
-    # few pairs: a product with ±1, whose backward is a product too instead of a scattered sum
+    # few pairs on CUDA: a product with ±1, whose backward is a product too instead of a scattered sum in any order
     incidence = z.new_zeros(first.numel(), z.shape[2])
     incidence.scatter_(1, first[:, None], 1.0).scatter_(1, second[:, None], -1.0)
     return incidence @ z

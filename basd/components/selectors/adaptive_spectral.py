@@ -43,7 +43,9 @@ def spectral_descriptor(tokens: Tensor, grid: tuple[int, int], bands: int) -> Te
     band = equal_width_bands(radii(grid), bands).flatten().to(power.device)
     spatial_shares = _band_shares(power, band, bands)
 
-    channel = torch.view_as_real(torch.fft.rfft(tokens, dim=-1, norm="ortho")).square().sum(dim=-1).sum(dim=-2)
+    channel = torch.view_as_real(torch.fft.rfft(tokens, dim=-1, norm="ortho")).square()
+    # over the tokens first: a sum along memory of pairs is several times slower
+    channel = channel.sum(dim=-3).sum(dim=-1)
     channel = channel * column_multiplicity(tokens.shape[-1]).to(channel)
     frequency = torch.arange(channel.shape[-1], dtype=torch.float64)
     channel_shares = _band_shares(channel, equal_width_bands(frequency, bands).to(channel.device), bands)
