@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-
 # Tokens from which on an FFT over strided axes is faster on a CPU than one product with the whole basis.
 LARGE_GRID = 192
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,18 @@ def make_console(quiet: bool = False) -> Console:
 def steps_done(directory: Path) -> int:
     """The step that an arm in training last reported."""
     return int((read_json(directory / "progress.json") or {}).get("step", 0))
+
+
+def data_wait(directories: Iterable[Path]) -> float | None:
+    """Share of the last epochs that arms in training waited for images; None while none of them has told."""
+    told = [(read_json(directory / "progress.json") or {}).get("data_wait_share") for directory in directories]
+    shares = [float(share) for share in told if share is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def said_of(wait: float | None) -> str:
+    """The share as the end of a line about progress; "" for None."""
+    return "" if wait is None else f", {100 * wait:.0f} % of the time waits for data"
 
 
 def duration(seconds: float | None) -> str:
@@ -77,8 +89,11 @@ class Display:
         self._task = self._bar.add_task(self.name, total=self.total_steps, arms="", left="")
         self._bar.start()
 
-    def update(self, steps: int, complete: int, failed: int) -> None:
-        """Tell the current state; prints a line at most every 30 s or when an arm has ended."""
+    def update(self, steps: int, complete: int, failed: int, wait: float | None = None) -> None:
+        """Tell the current state; prints a line at most every 30 s or when an arm has ended.
+
+        wait: share of the time that the arms in training wait for images.
+        """
         now = time.monotonic()
         if self._first_steps is None:
             self._first_steps = steps
@@ -88,7 +103,7 @@ class Display:
         self._steps = max(steps, self._steps)
         arms = f"{complete} of {self.total_arms} arms complete" + (f", {failed} failed" if failed else "")
         left = self.seconds_left(now)
-        shown = f"about {duration(left)} left" if left is not None else "time left: estimating"
+        shown = (f"about {duration(left)} left" if left is not None else "time left: estimating") + said_of(wait)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=steps, arms=arms, left=shown if steps < self.total_steps else "")
             return

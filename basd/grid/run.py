@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from basd import distributed
 from basd.errors import UserError
-from basd.grid.display import Display, steps_done
+from basd.grid.display import Display, data_wait, steps_done
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
 from basd.tracking.mirror import Mirror, check_tracking, is_mirrored
@@ -257,7 +257,8 @@ def _work_here(
                     return  # a ledger locked for a while: the display waits, training does not
                 count = Counter(state.state for state in states.values())
                 failed = sum(state.permanent for state in states.values())
-                display.update(_steps(plan, options, states), count["complete"], failed)
+                wait = data_wait(_running(plan, options, states))
+                display.update(_steps(plan, options, states), count["complete"], failed, wait)
 
         return load_trainer(options.trainer)(arms, directories, recorders, progress=report, **callbacks)
 
@@ -299,7 +300,8 @@ def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, di
             continue
         count = Counter(state.state for state in states.values())
         failed = sum(state.permanent for state in states.values())
-        display.update(_steps(plan, options, states), count["complete"], failed)
+        wait = data_wait(_running(plan, options, states))
+        display.update(_steps(plan, options, states), count["complete"], failed, wait)
         waiting, running = count["waiting"] + count["failed"] - failed, count["running"] + count["stale"]
         if not waiting and not running and not len(workers):
             return
@@ -338,6 +340,12 @@ def _steps(plan: Plan, options: GridOptions, states: dict[str, ArmState]) -> int
         else:
             done += min(arm.total_steps, steps_done(options.arm_directory(plan.setting, key)))
     return done
+
+
+def _running(plan: Plan, options: GridOptions, states: dict[str, ArmState]) -> list[Path]:
+    """Directories of the arms in training."""
+    keys = [key for key, state in states.items() if state.state == "running"]
+    return [options.arm_directory(plan.setting, key) for key in keys]
 
 
 def _settle(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from basd.errors import UserError
-from basd.grid.display import duration
+from basd.grid.display import data_wait, duration, said_of
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
 from basd.tracking.files import read_json
@@ -48,6 +48,7 @@ class TableStatus:
     rows: dict[str, Counts]  # by row label, in the table's order
     share: float  # of all arm-steps that are done, 0 to 1
     seconds_left: float | None  # None: nobody is training
+    data_wait: float | None = None  # share of their last epochs that the arms in training waited for images
     failures: list[tuple[str, str, str]] = field(default_factory=list)  # arm, reason, log
 
 
@@ -80,6 +81,7 @@ def _table(plan: Plan, path: Path, states: dict[str, ArmState], options: GridOpt
     rows = {row.label: _count([states.get(key) for key in plan.cells[row.name].values()]) for row in plan.rows}
     total = done = 0
     speed = 0.0
+    training = []
     for key, arm in plan.arms.items():
         state = states.get(key)
         total += arm.total_steps
@@ -90,12 +92,14 @@ def _table(plan: Plan, path: Path, states: dict[str, ArmState], options: GridOpt
         done += min(arm.total_steps, int(progress.get("step", 0)))
         if state is not None and state.state == "running" and time.time() - float(progress.get("time", 0)) < FRESH:
             speed += float(progress.get("steps_per_second") or 0.0)
+            training.append(options.arm_directory(plan.setting, key))
     failures = [
         (f"{state.name} seed={state.seed}", state.reason, state.log) for state in states.values() if state.permanent
     ]
     counts = _count([states.get(key) for key in plan.arms])
     left = 0.0 if counts.done == counts.total else (total - done) / speed if speed > 0 else None
-    return TableStatus(plan.setting, plan.name, path, counts, rows, done / max(1, total), left, failures)
+    share, wait = done / max(1, total), data_wait(training)
+    return TableStatus(plan.setting, plan.name, path, counts, rows, share, left, wait, failures)
 
 
 def _count(states: list[ArmState | None]) -> Counts:
@@ -120,6 +124,7 @@ def print_status(tables: list[TableStatus], console: Console) -> None:
         title = f"{table.name} in {table.setting}: {counts.done} of {counts.total} arms done, {100 * table.share:.0f} % of the steps"
         if counts.done < counts.total:
             title += f", about {duration(left)} left" if left is not None else ", nobody is training"
+            title += said_of(table.data_wait)
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         shown = Table("row", *(["done", "running", "waiting", "failed"]))
         for label, row in table.rows.items():

@@ -28,6 +28,7 @@ from basd.tracking.journal import Journal, last_event
 
 if TYPE_CHECKING:
     from basd.config import FrozenArm
+    from basd.training.recorder import Recorder
 
 log = logging.getLogger("basd.worker")
 Trainer = Callable[..., Sequence[Any]]
@@ -66,6 +67,11 @@ class Progress:
         self.path = directory / "progress.json"
         self._first: tuple[int, float] | None = None
         self._written = -1e9
+        self._data_wait: float | None = None
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """Take note of how long the last epoch waited for images, from the metrics of its end."""
+        self._data_wait = values.get("time/data_wait_share", self._data_wait)
 
     def __call__(self, step: int, total: int) -> None:
         """Tell that `step` of `total` steps are done."""
@@ -78,9 +84,22 @@ class Progress:
         seconds, steps = now - self._first[1], step - self._first[0]
         rate = steps / seconds if seconds > 0 and steps > 0 else None
         try:
-            write_json(self.path, {"step": step, "total": total, "steps_per_second": rate, "time": time.time()})
+            values = {"step": step, "total": total, "steps_per_second": rate, "data_wait_share": self._data_wait}
+            write_json(self.path, {**values, "time": time.time()})
         except OSError as error:  # a full disk must not end the arm for the sake of a progress bar
             log.debug("progress not written: %s", error)
+
+
+class _Watched:
+    """A recorder whose metrics a progress file takes note of on the way."""
+
+    def __init__(self, recorder: Recorder, progress: Progress) -> None:
+        self._recorder, self._progress = recorder, progress
+        self.flush, self.rewind = recorder.flush, recorder.rewind
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._progress.measured(values)
+        self._recorder.metrics(step, values)
 
 
 class Worker:
@@ -150,7 +169,7 @@ class Worker:
                 results = train(
                     [self.arms[key] for key in cohort],
                     [self._directory(key) for key in cohort],
-                    [journals[key] for key in cohort],
+                    [_Watched(journals[key], bars[key]) for key in cohort],
                     stop=self.stop,
                     owned=self.ledger.owned,
                     progress=lambda key, step, total: bars[key](step, total),

@@ -11,6 +11,7 @@ import pytest
 from grid_fakes import SETTING, make_arm
 
 from basd.config import FrozenArm
+from basd.grid.display import data_wait, said_of
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.worker import Worker
@@ -65,6 +66,21 @@ def test_trains_every_arm_cohort_by_cohort(tmp_path: Path) -> None:
     assert json.loads((directory / "progress.json").read_text())["step"] == 4
     assert bench.work() == 0  # a second worker finds nothing to do
     assert bench.trainings(0) == [0]
+
+
+def test_how_long_training_waits_for_images_is_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0), make_arm(1, 0)])
+    shares = [0.1, 0.3]
+
+    def train(arms: Any, directories: Any, recorders: Any, **callbacks: Any) -> Any:
+        for recorder, share in zip(recorders, shares, strict=True):
+            recorder.metrics(0, {"time/data_wait_share": share})
+        return grid_fakes.train_cohort(arms, directories, recorders, **callbacks)
+
+    assert data_wait([bench.directory(0)]) is None and said_of(None) == ""
+    assert bench.work(train) == 2
+    assert data_wait([bench.directory(0), bench.directory(1)]) == pytest.approx(0.2)
+    assert said_of(0.2) == ", 20 % of the time waits for data"
 
 
 def test_failure_of_one_arm_leaves_the_others_alone(tmp_path: Path) -> None:
