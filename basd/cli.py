@@ -289,7 +289,9 @@ def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code:
 
 
 def _teacher_note(made: Plan) -> str:
-    name = made.config["teacher"]["name"]
+    from basd.models.teacher import teacher_title
+
+    name = teacher_title(made.config["teacher"])
     return f"{name}, {100 * made.teacher_top1:.1f} % test top-1" if made.teacher_top1 is not None else name
 
 
@@ -413,6 +415,7 @@ def sync(given: argparse.Namespace, overrides: list[str]) -> int:
 def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
     from basd.compose import compose
     from basd.grid.plan import prepare
+    from basd.models.teacher import teacher_title
 
     screen = console(given.quiet)
     config = compose(overrides).config
@@ -422,7 +425,9 @@ def teacher(given: argparse.Namespace, overrides: list[str]) -> int:
     finally:
         progress.close()
     shape = f"{len(prepared.model.blocks)} blocks, width {prepared.model.embed_dim}"
-    screen.print(f"{config.teacher.name}: {shape}, {prepared.accuracy}, weights {prepared.fingerprint}", markup=False)
+    screen.print(
+        f"{teacher_title(config.teacher)}: {shape}, {prepared.accuracy}, weights {prepared.fingerprint}", markup=False
+    )
     if config.teacher.weights_file is not None:
         from basd.models.checkpoints import read_checkpoint
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from basd.benchmarks.setup import Setup
 from basd.benchmarks.timing import Ratio, Report, Times, alternate, device_name, now
+from basd.models.teacher import teacher_title
 
 ARMS = 8
 
@@ -67,7 +68,7 @@ def run(overrides: Sequence[str], repeats: int) -> Report:
         Ratio("speed-up ÷ what T and S allow", measured.ratio(lambda at: speed_up(at) / ideal(at)), "≥ 0.9"),
     )
     settings = {
-        "teacher": setup.config.teacher.name,
+        "teacher": teacher_title(setup.config.teacher),
         "method": setup.config.method,
         "batch": setup.config.recipe.batch_size,
         "arms": ARMS,

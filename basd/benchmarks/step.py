@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from basd.benchmarks.setup import Setup
 from basd.benchmarks.timing import Ratio, Report, Times, alternate, device_name
 from basd.models.student import build_student
+from basd.models.teacher import teacher_title
 from basd.training.precision import autocast, choose_precision, compiler, half_type
 
 # Dense bfloat16 and float16 peaks in FLOP/s, from the makers' data sheets.
@@ -41,7 +42,7 @@ def run(overrides: Sequence[str], repeats: int) -> Report:
         "step",
         used,
         {
-            "teacher": config.teacher.name,
+            "teacher": teacher_title(config.teacher),
             "method": config.method,
             "batch": config.recipe.batch_size,
             "precision": choose_precision(config.runtime.precision, device),

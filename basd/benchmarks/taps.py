@@ -11,7 +11,7 @@ from torch import Tensor
 from basd.benchmarks.setup import Setup
 from basd.benchmarks.timing import Ratio, Report, alternate, device_name
 from basd.models.taps import Taps, attention_of
-from basd.models.teacher import Teacher
+from basd.models.teacher import Teacher, teacher_title
 from basd.training.precision import autocast, compiler, half_type
 
 
@@ -87,7 +87,7 @@ def run(overrides: Sequence[str], repeats: int) -> Report:
         for name, wanted in zip(others, reach, strict=True)
     ]
     settings = {
-        "teacher": config.teacher.name,
+        "teacher": teacher_title(config.teacher),
         "batch": config.recipe.batch_size,
         "blocks": blocks,
         "overrides": setup.overrides,

@@ -14,6 +14,7 @@ from basd.data.images import Splits, hold_out
 from basd.data.settings import DecodedConfig, find_root, some
 from basd.data.webdataset import read_shards
 from basd.errors import UserError
+from basd.hub import no_waiting_offline
 
 INDEXED = ("hfds", "torch", "wds")
 STREAMS = ("hfids", "tfds")
@@ -131,7 +132,10 @@ def _split(config: Any, split: str) -> tuple[Store, Tensor, tuple[str, ...]]:
     try:
         from timm.data import create_dataset
 
-        dataset = create_dataset(config.dataset, root=config.root, split=split, download=False, trust_remote_code=False)
+        with no_waiting_offline():
+            dataset = create_dataset(
+                config.dataset, root=config.root, split=split, download=False, trust_remote_code=False
+            )
         labels = _labels(dataset)
     except UserError:
         raise

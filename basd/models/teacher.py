@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from basd.errors import UserError
+from basd.hub import no_waiting_offline
 from basd.models.checkpoints import Checkpoint, WeightsFile, check_fit, native_size, read_checkpoint
 from basd.models.resampling import resample_attention
 from basd.models.taps import Tapped, Taps, attention_of, check_tappable, grid_of, patch_attention
@@ -83,6 +84,12 @@ class TimmTeacherConfig:
     def weights_file(self) -> Path | None:
         """The file that `weights` names; None: the hub's weights or random ones."""
         return None if self.weights in ("hub", "random") else Path(self.weights).expanduser()
+
+
+def teacher_title(teacher: Any) -> str:
+    """A teacher's name for people, from its configuration or the mapping that it was frozen to: timm's name of the model."""
+    values = teacher if isinstance(teacher, Mapping) else vars(teacher)
+    return str(values.get("model") or values["name"])
 
 
 TEACHERS: dict[str, type] = {"digits_vit": DigitsViTConfig, "timm": TimmTeacherConfig}
@@ -273,7 +280,8 @@ def _from_hub(config: TimmTeacherConfig, options: dict[str, Any]) -> nn.Module:
     if offered is None or not offered.has_weights:
         raise UserError(f"timm offers no weights for teacher.model={config.model}; give teacher.weights=FILE.")
     try:
-        return timm.create_model(config.model, pretrained=True, **options)
+        with no_waiting_offline():
+            return timm.create_model(config.model, pretrained=True, **options)
     except Exception as error:
         if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from basd.data import ImageSet, fingerprint, load
 from basd.data.disk import DiskImages
 from basd.data.feed import Crops, Wanted, crop_batches, evaluation_batches
 from basd.data.folder import FolderConfig, ImageNetConfig, _list
-from basd.data.images import epoch_order
+from basd.data.images import Splits, epoch_order
 from basd.data.timm_data import TimmConfig
 from basd.data.views import crop, draw_crops, draw_geometry, eval_view, place_crops
 from basd.data.webdataset import read_shards
@@ -316,9 +317,23 @@ def test_torchvision_splits_are_named_as_timm_knows_them(tmp_path: Path, train: 
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
-    del datasets
+    """Images, labels and names of classes are those that the folder itself gives; an image that is damaged is named."""
     write_folder(tmp_path / "images", ending=".png")
     (tmp_path / "images" / "val").rename(tmp_path / "images" / "validation")
-    splits = load(TimmConfig(root=str(tmp_path / "cache"), dataset=f"hfds/{tmp_path / 'images'}", image_size=16))
-    assert len(splits.test) == 9 and splits.test.classes == 3
+    folder = config_of(tmp_path / "images")
+    config = TimmConfig(root=str(tmp_path / "cache"), dataset=f"hfds/{folder.root}", image_size=16)
+    config = replace(config, validation_share=folder.validation_share)
+    splits, plain = load(config), load(folder)
+    assert splits.train.class_names == plain.train.class_names == ("n01", "n02", "n03")
+
+    def seen(of: Splits) -> list[tuple[int, bytes]]:
+        views = evaluation_batches(of.test, 16, 1.0, 4, CPU)
+        return sorted(
+            (int(label), image.numpy().tobytes())
+            for images, labels in views
+            for image, label in zip(images, labels, strict=True)
+        )
+
+    assert seen(splits) == seen(plain) and len(splits.train) == len(plain.train)
+    with pytest.raises(UserError, match="trian, cannot be opened"):
+        load(replace(config, train_split="trian"))

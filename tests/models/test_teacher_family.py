@@ -12,6 +12,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import Tensor
 
 from basd.errors import UserError
+from basd.hub import no_waiting_offline
 from basd.models.resampling import resample_attention
 from basd.models.taps import check_tappable
 from basd.models.teacher import Teacher, TimmTeacherConfig, build_timm_teacher, check_timm_teacher
@@ -160,6 +161,24 @@ def test_without_network_a_file_is_asked_for(error: Exception, monkeypatch: pyte
     with pytest.raises(UserError, match=r"cannot be downloaded \(.*\); give teacher\.weights=FILE") as caught:
         build_timm_teacher(TimmTeacherConfig(model="test_vit.r160_in1k", image_size=64), 10)
     assert "\n" not in str(caught.value) and type(error).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", [False, True])
+@pytest.mark.parametrize("resolves", [False, True])
+def test_offline_nobody_waits_for_the_hub(proxy: bool, resolves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network, the cache alone is asked; where names resolve, or a proxy resolves them, the hub is."""
+
+    def resolve(*_: object) -> list[object]:
+        if not resolves:
+            raise OSError("Name or service not known")
+        return []
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("basd.hub.getproxies", lambda: {"https": "http://proxy:3128"} if proxy else {})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with no_waiting_offline():
+        assert huggingface_hub.constants.is_offline_mode() == (not resolves and not proxy)
+    assert not huggingface_hub.constants.is_offline_mode()
 
 
 def test_a_model_that_timm_offers_no_weights_for() -> None:
