@@ -35,7 +35,15 @@ from basd.training.arm import TrainingArm
 from basd.training.batches import CropFeed, StepBatch, TeacherViews
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from basd.training.device import check_device, cpu_threads
-from basd.training.memory import begin_peak, bytes_of, is_out_of_memory, keep_freed_memory, out_of_memory, peak_bytes
+from basd.training.memory import (
+    WORTH_COLLECTING,
+    begin_peak,
+    bytes_of,
+    is_out_of_memory,
+    keep_freed_memory,
+    out_of_memory,
+    peak_bytes,
+)
 from basd.training.precision import choose_precision, compiler, half_type
 from basd.training.recorder import Recorder
 from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher, statistics_of
@@ -272,8 +280,10 @@ class Cohort:
             self.members.remove(member)
             self._finish(result)
             # what the arm held goes to those that stay; a model with hooks is a cycle that only the collector frees
+            large = member.arm.held_bytes() >= WORTH_COLLECTING
             del member.arm, action
-            gc.collect()
+            if large:
+                gc.collect()
             if result.status == "complete" and rank() == 0:
                 remove_checkpoints(member.directory)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 GIB = 2**30
+# Bytes of an arm's state from which on its end is worth the fraction of a second that a garbage collection takes.
+WORTH_COLLECTING = 2**23
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -51,9 +53,9 @@ def keep_freed_memory() -> None:
 
 
 def begin_peak(device: torch.device) -> None:
-    """Forget the peak so far, and what only reference cycles still hold, such as models with hooks."""
-    gc.collect()
+    """Forget the peak so far. On CUDA also what only reference cycles still hold, such as models with hooks."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
 
 

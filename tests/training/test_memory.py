@@ -118,6 +118,7 @@ def test_an_arm_that_failed_leaves_its_memory_to_the_others(
         return step(self, batch, teacher)
 
     monkeypatch.setattr(TrainingArm, "train_step", failing)
+    monkeypatch.setattr("basd.training.cohort.WORTH_COLLECTING", 0)
     # a record that is kept, as pytest does, keeps the frames of its error
     monkeypatch.setattr(logging.getLogger("basd.training"), "disabled", True)
     train([tiny_arm("recipe.duration=3 steps"), tiny_arm("method=ce", "recipe.duration=3 steps")], tmp_path)
