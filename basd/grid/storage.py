@@ -13,12 +13,72 @@ from basd.errors import UserError
 from basd.tracking.files import FileLock
 
 if TYPE_CHECKING:
+    import sqlalchemy
     from optuna.storages import RDBStorage
 
 
+# Of the advisory lock that stands for a ledger's lock file; locks are per database of a server.
+ADVISORY_KEY = 0x42415344
+# Seconds that a server has to answer.
+CONNECT_TIMEOUT = 10
+
+
+class _AdvisoryLock:
+    """PostgreSQL's lock on a number, held by a connection of its own; the server frees it when its holder dies."""
+
+    def __init__(self, url: sqlalchemy.URL) -> None:
+        self.url = url
+        self._engine: sqlalchemy.Engine | None = None
+        self._connection: sqlalchemy.Connection | None = None
+
+    def acquire(self, timeout: float) -> bool:
+        """False where another connection kept it for `timeout` seconds."""
+        import sqlalchemy
+
+        if self._engine is None:
+            self._engine = sqlalchemy.create_engine(
+                self.url,
+                isolation_level="AUTOCOMMIT",
+                connect_args={"connect_timeout": CONNECT_TIMEOUT},
+                pool_size=1,
+                pool_pre_ping=True,
+            )
+        connection = self._engine.connect()
+        try:
+            # 0 would be no limit
+            connection.exec_driver_sql(f"SET lock_timeout = {max(1, round(1000 * timeout))}")
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock({ADVISORY_KEY})")
+        except sqlalchemy.exc.OperationalError as error:
+            connection.close()
+            if "lock timeout" in str(error):
+                return False
+            raise
+        except BaseException:
+            connection.invalidate()
+            connection.close()
+            raise
+        self._connection = connection
+        return True
+
+    def release(self) -> None:
+        import sqlalchemy
+
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        try:
+            connection.exec_driver_sql(f"SELECT pg_advisory_unlock({ADVISORY_KEY})")
+        except sqlalchemy.exc.SQLAlchemyError:
+            # a connection that ended has given up its locks
+            connection.invalidate()
+        finally:
+            connection.close()
+
+
 class Database:
-    """An Optuna storage at a URL. On SQLite every transaction is opened by BEGIN IMMEDIATE, without which two processes can
-    read one state and both write it."""
+    """An Optuna storage at a URL: a file of SQLite, or a PostgreSQL database where there are several machines.
+
+    On SQLite every transaction is opened by BEGIN IMMEDIATE, without which two processes can read one state and both write it.
+    """
 
     def __init__(self, url: str, timeout: float = 30.0) -> None:
         import sqlalchemy
@@ -33,13 +93,23 @@ class Database:
             ) from error
         self.shown = self.parsed.render_as_string(hide_password=True)
         self.path: Path | None = None
-        if self.parsed.get_backend_name() == "sqlite":
+        backend = self.parsed.get_backend_name()
+        if backend not in ("sqlite", "postgresql"):
+            raise UserError(
+                f"ledger.url={self.shown}: {backend} cannot hold a ledger; use sqlite:///FILE or postgresql://HOST/NAME"
+            )
+        if self.parsed.drivername == "postgresql":
+            # the driver that the extra installs; SQLAlchemy would look for its predecessor
+            self.parsed = self.parsed.set(drivername="postgresql+psycopg")
+        if backend == "sqlite":
             if not self.parsed.database or self.parsed.database == ":memory:":
                 raise UserError("The ledger must be a file that all processes see; use ledger.url=sqlite:///ledger.db")
             self.path = Path(self.parsed.database).absolute()
         self._storage: RDBStorage | None = None
-        self._mutex = threading.RLock()  # the file lock is per process and not re-entrant, this makes it so
-        self._file = FileLock(self.path.with_name(self.path.name + ".lock")) if self.path else None
+        self._mutex = threading.RLock()  # neither lock below is re-entrant, and each is one for the process
+        self._lock = (
+            FileLock(self.path.with_name(self.path.name + ".lock")) if self.path else _AdvisoryLock(self.parsed)
+        )
         self._depth = 0
 
     @property
@@ -62,18 +132,15 @@ class Database:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Only one process at a time is in such a block. A server's own locks do this job when the ledger is no file."""
-        if self.path is None or self._file is None:
-            yield
-            return
-        if not self.path.parent.is_dir():
+        """Only one process at a time is in such a block, on all machines that share the ledger."""
+        if self.path is not None and not self.path.parent.is_dir():
             raise UserError(
                 f"The ledger {self.shown} cannot be written: {self.path.parent} is no directory; set ledger.url=…"
             )
         if not self._mutex.acquire(timeout=self.timeout):
             raise UserError(self._locked())
         try:
-            if self._depth == 0 and not self._file.acquire(self.timeout):
+            if self._depth == 0 and not self._lock.acquire(self.timeout):
                 raise UserError(self._locked())
             self._depth += 1
             try:
@@ -81,7 +148,7 @@ class Database:
             finally:
                 self._depth -= 1
                 if self._depth == 0:
-                    self._file.release()
+                    self._lock.release()
         finally:
             self._mutex.release()
 
@@ -107,12 +174,15 @@ class Database:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         arguments: dict[str, Any] = (
-            {"connect_args": {"timeout": self.timeout}} if self.path else {"pool_pre_ping": True}
+            {"connect_args": {"timeout": self.timeout}}
+            if self.path
+            else {"connect_args": {"connect_timeout": CONNECT_TIMEOUT}, "pool_pre_ping": True}
         )
+        url = self.parsed.render_as_string(hide_password=False)
         deadline = time.monotonic() + self.timeout
         while True:
             try:
-                storage = optuna.storages.RDBStorage(self.url, engine_kwargs=arguments)
+                storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments)
                 break
             except sqlalchemy.exc.OperationalError as error:
                 # SQLite does not wait when a reader turns writer, so creating tables may meet a lock at once
@@ -139,7 +209,7 @@ class Database:
         )
 
     def _sentence(self, error: BaseException) -> str:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
         if "locked" in text or "busy" in text:
             return self._locked()
         if "not a database" in text or "malformed" in text:

@@ -32,8 +32,11 @@ def arm(number: int, cohort: int = 0) -> Any:
     )
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind: every test that takes it is one that both have to pass."""
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("postgres").database())
     return f"sqlite:///{tmp_path}/ledger.db"
 
 
@@ -219,6 +222,7 @@ def test_two_processes_create_the_ledger_together(url: str) -> None:
         ("sqlite:///{tmp}/text.db", "not an SQLite database"),
         ("ledger.db", "no database address"),
         ("sqlite://", "must be a file"),
+        ("mysql://me:secret@host/name", r"mysql://me:\*\*\*@host/name: mysql cannot hold a ledger"),
         ("sqlite:///{tmp}", "cannot be used"),
     ],
 )
@@ -228,7 +232,30 @@ def test_unusable_ledgers_are_told_in_one_sentence(tmp_path: Path, address: str,
         Ledger(address.format(tmp=tmp_path), "setting", timeout=1.0).check()
 
 
-def test_locked_ledger_is_told_and_the_next_call_goes_on(url: str, tmp_path: Path) -> None:
+HOLDER = """
+import sys, time
+from basd.grid.storage import Database
+with Database(sys.argv[1]).exclusive():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_told_of_and_freed_with_its_holder(url: str) -> None:
+    filled(url, [arm(0)])[0].close()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, url], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="stayed locked by another process for 0.2 s"):
+        Ledger(url, "setting", timeout=0.2).claim([f"{0:016x}"], 1)
+    holder.kill()
+    holder.wait()
+    ledger = Ledger(url, "setting", timeout=10)
+    assert ledger.claim([f"{0:016x}"], 1) == [f"{0:016x}"]
+    ledger.close()
+
+
+def test_a_transaction_of_another_program_is_told_of_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
     filled(url, [arm(0)])
     connection = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
