@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Metric:
     percent: bool = False
     higher_is_better: bool = True
     digits: int = 4
+    # whether rows are compared by tests; what an arm costs stands beside its ratio to the reference instead
+    tested: bool = True
 
     @property
     def scale(self) -> float:
@@ -54,12 +57,12 @@ _LAST = {
 
 # what an arm costs, by whole name
 _COSTS = {
-    "time/step_milliseconds": Metric("time/step_milliseconds", "ms a step", False, False, 1),
-    "time/images_per_second": Metric("time/images_per_second", "images/s", False, True, 1),
-    "time/data_wait_share": Metric("time/data_wait_share", "data wait", True, False, 1),
-    "system/peak_megabytes": Metric("system/peak_megabytes", "peak MB", False, False, 0),
-    "cost/student_parameters": Metric("cost/student_parameters", "student parameters", False, False, 0),
-    "cost/distillation_parameters": Metric("cost/distillation_parameters", "other parameters", False, False, 0),
+    "time/step_milliseconds": Metric("time/step_milliseconds", "ms a step", False, False, 1, False),
+    "time/images_per_second": Metric("time/images_per_second", "images/s", False, True, 1, False),
+    "time/data_wait_share": Metric("time/data_wait_share", "data wait", True, False, 1, False),
+    "system/peak_megabytes": Metric("system/peak_megabytes", "peak MB", False, False, 0, False),
+    "cost/student_parameters": Metric("cost/student_parameters", "student parameters", False, False, 0, False),
+    "cost/distillation_parameters": Metric("cost/distillation_parameters", "other parameters", False, False, 0, False),
 }
 
 
@@ -140,15 +143,23 @@ class Table:
         for shown in self.layout.metrics:
             which = f" {shown.label}" if several else ""
             unit = " (%)" if shown.percent else ""
-            cells += [f"{shown.label}{unit}", f"Δ{which} [95 % interval]", f"p{which} (Holm)", f"verdict{which}"]
+            cells.append(f"{shown.label}{unit}")
+            if shown.tested:
+                cells += [f"Δ{which} [95 % interval]", f"p{which} (Holm)", f"verdict{which}"]
+            else:
+                cells.append("÷ reference")
         return [*cells, "n"]
 
     def cells(self, line: Line) -> list[Cell]:
         """The cells of one row, in the order of `header`."""
         row = [Cell(one_line(line.row.label))]
-        for shown, result in zip(self.layout.metrics, line.comparisons, strict=True):
+        (reference,) = [other.comparisons for other in self.lines if other.row.name == self.layout.reference]
+        for shown, result, base in zip(self.layout.metrics, line.comparisons, reference, strict=True):
+            row.append(Cell(_mean(result, shown)))
+            if not shown.tested:
+                row.append(Cell(_ratio(result, base)))
+                continue
             row += [
-                Cell(_mean(result, shown)),
                 Cell(_delta(result, shown), bold=result.significant),
                 Cell(NONE if math.isnan(result.p_holm) else _p(result.p_holm)),
                 Cell(result.verdict if result.n else NONE),
@@ -166,7 +177,8 @@ class Table:
 
     def _left(self) -> list[bool]:
         """Which columns hold words and are set flush left."""
-        return [True, *[False, False, False, True] * len(self.layout.metrics), False]
+        of = [[False, False, False, True] if shown.tested else [False, False] for shown in self.layout.metrics]
+        return [True, *itertools.chain.from_iterable(of), False]
 
     def to_markdown(self) -> str:
         """A page of Markdown: title, question, table, notes."""
@@ -318,11 +330,17 @@ def build_table(frame: pd.DataFrame, layout: Layout, *, allow_mixed_code: bool =
 
 def _test_notes(layout: Layout, lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
     reference = next(one_line(row.label) for row in layout.rows if row.name == layout.reference)
-    results = [result for line in lines for result in line.comparisons]
+    results = [
+        result for line in lines for shown, result in zip(layout.metrics, line.comparisons, strict=True) if shown.tested
+    ]
     tested = max(sum(not math.isnan(line.comparisons[i].p) for line in lines) for i in range(len(layout.metrics)))
-    most = max(result.pairs for result in results)
+    most = max((result.pairs for result in results), default=0)
     notes = [f"Mean ± standard deviation over n seeds; seeds {', '.join(map(str, seeds))}."]
-    if not any(line.comparisons[0].n for line in lines if line.row.name == layout.reference):
+    if len(results) < len(lines) * len(layout.metrics):
+        notes.append(f"÷ reference: the mean over that of {reference}.")
+    if not results:
+        pass
+    elif not any(line.comparisons[0].n for line in lines if line.row.name == layout.reference):
         notes.append(f"The reference, {reference}, has no finished run yet, so there are no differences.")
     elif most >= statistics.INTERVAL_FROM:
         notes.append(
@@ -403,6 +421,13 @@ def _delta(result: Comparison, shown: Metric) -> str:
         _fixed(value * shown.scale, shown.digits, sign=True) for value in (result.delta, result.low, result.high)
     )
     return delta if math.isnan(result.low) else f"{delta} [{low}, {high}]"
+
+
+def _ratio(result: Comparison, reference: Comparison) -> str:
+    """The mean over the reference's, where both are of the same seeds."""
+    if not result.n or result.seeds != reference.seeds or reference.mean == 0:
+        return NONE
+    return f"{result.mean / reference.mean:.2f}"
 
 
 def _p(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
@@ -42,21 +42,33 @@ def keep_freed_memory() -> None:
     By default glibc gives large blocks back to the system at once, which then hands out each page anew, zeroed; that takes up
     to a tenth of a step. Of the whole process, once; without effect where the C library has no `mallopt`.
     """
+    mallopt = _of_the_c_library("mallopt")
+    if mallopt is not None:
+        # malloc.h: no block is mapped by itself, and the heap is never trimmed
+        m_mmap_max, m_trim_threshold = -4, -1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+
+
+def _of_the_c_library(name: str) -> Callable[..., int] | None:
+    """A function of the C library that this process runs on; None where it has none of that name."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):
-        return
-    # malloc.h: no block is mapped by itself, and the heap is never trimmed
-    m_mmap_max, m_trim_threshold = -4, -1
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, -1)
+        return None
+    return found
 
 
 def begin_peak(device: torch.device) -> None:
     """Forget the peak so far. On CUDA also what only reference cycles still hold, such as models with hooks."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cuda":
+        # what was kept of earlier work goes back to the system: what the process then holds is the peak of what follows
+        trim = _of_the_c_library("malloc_trim")
+        if trim is not None:
+            trim(0)
+        return
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -86,6 +86,22 @@ def test_several_metrics_and_lower_is_better(frame_of: Frames, layout_of: Layout
     assert ce[4] == ce[8] == "worse" and ce[5] == "1.5640 ± 0.0451" and len(ce) == len(table.header())
 
 
+def test_costs_stand_beside_their_ratio_to_the_reference(frame_of: Frames, layout_of: Layouts) -> None:
+    frame = frame_of({"basd": {0: 0.5, 1: 0.6}, "ce": {0: 0.4, 1: 0.4}, "part": {0: 0.4}})
+    frame["time/step_milliseconds"] = [30.0, 50.0, 10.0, 20.0, 7.0]
+    costs = (metric("time/step_milliseconds"), metric("system/peak_megabytes"))
+    frame["system/peak_megabytes"] = math.nan
+    table = build_table(frame, layout_of(["basd", "ce", "part"], reference="ce", metrics=costs, seeds=(0, 1)))
+    assert table.header() == ["row", "ms a step", "÷ reference", "peak MB", "÷ reference", "n"]
+    text = table.to_markdown()
+    # another set of seeds has no ratio, and a metric that nobody logged none either
+    assert cells(text, "basd")[:5] == ["basd", "40.0 ± 14.1", "2.67", "–", "–"]
+    assert cells(text, "ce")[2] == "1.00" and cells(text, "part")[1:3] == ["7.0", "–"]
+    assert "÷ reference: the mean over that of ce." in text and "Δ" not in text and "n too small" not in text
+    for shown in (table.to_latex(), table.to_csv()):
+        assert "ms a step" in shown or "time/step_milliseconds" in shown
+
+
 def test_versions_do_not_mix_unless_allowed(frame_of: Frames, layout_of: Layouts) -> None:
     frame = frame_of(FIVE)
     frame.loc[frame["row"] == "ce", "version"] = "def5678-dirty"
