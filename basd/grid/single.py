@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from basd.compose import compose, overridden_keys, setting_name
 from basd.config import FrozenArm, remarks, without_effect
-from basd.errors import UserError
+from basd.errors import DISK_FULL, UserError
 from basd.grid.display import Display, duration
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
@@ -159,4 +159,5 @@ def _repeat(
     journal.end(result.status, result.reason, result.metrics)
     journal.close()
     assert last_event(directory) is not None
-    return result.metrics, result.reason if result.status == "failed" else "", result.status == "stopped"
+    failed = result.status == "failed" or result.reason == DISK_FULL
+    return result.metrics, result.reason if failed else "", result.status == "stopped" and not failed

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basd.distributed import PeerLostError
-from basd.errors import UserError
+from basd.errors import DISK_FULL, UserError, is_disk_full
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.tracking.files import FileLock, read_json, write_json, write_text
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("basd.worker")
 Trainer = Callable[..., Sequence[Any]]
+# Seconds before a worker tries again after a full disk; between questions to a ledger that does not answer, and in all.
+FULL_DISK_PAUSE = 10.0
+LEDGER_PAUSE, LEDGER_PATIENCE = 3.0, 600.0
 
 
 def load_trainer(name: str) -> Trainer:
@@ -125,25 +128,57 @@ class Worker:
         self.trained = 0
         self._train = train
         self._blocked: dict[str, float] = {}  # arms whose directory another process holds -> when to look again
+        self._no_room = False  # an arm was given back because the disk is full
         self._unsaid: list[Callable[[], object]] = []  # what the ledger could not be told yet
 
     def work(self) -> int:
         """Claim and train until nothing waits; returns how many arms this worker completed."""
         try:
             while not self.stop():
-                self.ledger.reap_stale(list(self.arms))
-                now = time.monotonic()
-                free = [key for key in self.arms if self._blocked.get(key, 0.0) <= now]
-                claimed = self.ledger.claim(free, self.options.cohort_size, workers=self.workers)
+                self._wait_for_room()
+                claimed, waiting = self._patiently(self._next)
                 if claimed:
                     self._cohort(claimed)
-                elif any(s.state == "waiting" for s in self.ledger.arms(list(self.arms)).values()):
+                elif waiting:
                     time.sleep(0.5)  # what waits is held by a process that lost it but still lives
                 else:
                     break
         finally:
             self.ledger.close()
         return self.trained
+
+    def _next(self) -> tuple[list[str], bool]:
+        """Claimed arms of one cohort, and, where there are none, whether any waits."""
+        self.ledger.reap_stale(list(self.arms))
+        now = time.monotonic()
+        free = [key for key in self.arms if self._blocked.get(key, 0.0) <= now]
+        claimed = self.ledger.claim(free, self.options.cohort_size, workers=self.workers)
+        return claimed, not claimed and any(
+            state.state == "waiting" for state in self.ledger.arms(list(self.arms)).values()
+        )
+
+    def _patiently(self, ask: Callable[[], tuple[list[str], bool]]) -> tuple[list[str], bool]:
+        """Ask the ledger again while it does not answer: its server may be starting again, its disk full for a while."""
+        end, said = time.monotonic() + LEDGER_PATIENCE, ""
+        while True:
+            try:
+                return ask()
+            except UserError as error:
+                if time.monotonic() > end or self.stop():
+                    raise
+                if str(error) != said:
+                    log.warning("%s (waiting)", error)
+                said = str(error)
+                time.sleep(LEDGER_PAUSE)
+
+    def _wait_for_room(self) -> None:
+        """After a full disk: a while, before arms are claimed that would be given back again."""
+        if self._no_room:
+            self._no_room = False
+            log.warning("%s; trying again in %g s", DISK_FULL, FULL_DISK_PAUSE)
+            end = time.monotonic() + FULL_DISK_PAUSE
+            while time.monotonic() < end and not self.stop():
+                time.sleep(0.2)
 
     def _cohort(self, keys: list[str]) -> None:
         """Train claimed arms; every one is complete, failed or given back afterwards."""
@@ -160,6 +195,7 @@ class Worker:
             def finished(result: Any) -> None:
                 if result.arm_key in open_keys:
                     open_keys.discard(result.arm_key)
+                    self._no_room = self._no_room or result.reason == DISK_FULL
                     self._mark(result.arm_key, journals[result.arm_key], result.status, result.metrics, result.reason)
 
             bars = {key: Progress(self._directory(key)) for key in cohort}
@@ -217,9 +253,13 @@ class Worker:
             prepare(self.arms[key], directory)
             journals[key] = Journal(directory)
         except OSError as error:
-            log.exception("arm %s could not start", key)
             open_keys.discard(key)
-            reason = f"{directory} cannot be written ({error.strerror or error}); check permissions and free space"
+            if is_disk_full(error):
+                self._no_room = True
+                self._tell(lambda: self.ledger.give_back(key))
+                return
+            log.exception("arm %s could not start", key)
+            reason = f"{directory} cannot be written ({error.strerror or error}); check permissions"
             self._tell(lambda: self.ledger.fail(key, reason, self.log_path))
 
     def _mark(self, key: str, journal: Journal | None, status: str, metrics: Mapping[str, float], reason: str) -> None:
@@ -234,8 +274,12 @@ class Worker:
                 else:
                     journal.end("failed" if status == "failed" else "stopped", reason, metrics)
             except OSError as error:
-                log.exception("the journal of %s cannot be written", key)
-                status, reason = "failed", f"its journal cannot be written ({error.strerror or error}); make room"
+                if is_disk_full(error):
+                    # its end is written when it ends where there is room
+                    self._no_room, status, reason = True, "stopped", DISK_FULL
+                else:
+                    log.exception("the journal of %s cannot be written", key)
+                    status, reason = "failed", f"its journal cannot be written ({error.strerror or error})"
         if status == "complete":
             self.trained += 1
             self._tell(lambda: self.ledger.complete(key, metrics))

@@ -27,11 +27,11 @@ from basd.data.disk import DiskImages
 from basd.data.feed import worker_count
 from basd.data.images import Splits, epoch_order, fingerprint
 from basd.distributed import local_rows, rank, world
-from basd.errors import UserError
+from basd.errors import DISK_FULL, UserError, is_disk_full
 from basd.models.teacher import Teacher
 from basd.objective import demands
 from basd.training import random_streams as streams
-from basd.training.arm import TrainingArm
+from basd.training.arm import NonFiniteLossError, TrainingArm
 from basd.training.batches import CropFeed, StepBatch, TeacherViews
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from basd.training.device import check_device, cpu_threads
@@ -152,8 +152,7 @@ class Cohort:
             except distributed.PeerLostError:
                 raise
             except Exception as error:
-                log.exception("arm %s could not start", frozen.arm_key)
-                self._finish(ArmResult(frozen.arm_key, "failed", reason=self._reason(error, config, len(arms))))
+                self._finish(self._failure(error, frozen.arm_key, config, len(arms)))
 
     def _start(self, frozen: FrozenArm, config: Config, directory: Path, recorder: Recorder) -> _Member:
         shape = self.teacher.shape if self.teacher else None
@@ -273,9 +272,7 @@ class Cohort:
         except distributed.PeerLostError:
             raise
         except Exception as error:
-            log.exception("arm %s failed", member.frozen.arm_key)
-            reason = self._reason(error, member.config, len(self.members))
-            result = ArmResult(member.frozen.arm_key, "failed", reason=reason)
+            result = self._failure(error, member.frozen.arm_key, member.config, len(self.members))
         if result is not None:
             self.members.remove(member)
             self._finish(result)
@@ -286,6 +283,16 @@ class Cohort:
                 gc.collect()
             if result.status == "complete" and rank() == 0:
                 remove_checkpoints(member.directory)
+
+    def _failure(self, error: Exception, key: str, config: Config, arms: int) -> ArmResult:
+        """The end of an arm by an error. A full disk is none of its own: it goes on from its checkpoint where there is room."""
+        if is_disk_full(error):
+            log.warning("arm %s is left: %s", key, DISK_FULL)
+            return ArmResult(key, "stopped", reason=DISK_FULL)
+        reason = self._reason(error, config, arms)
+        expected = isinstance(error, UserError | NonFiniteLossError) or is_out_of_memory(error)
+        log.error("arm %s failed: %s", key, reason, exc_info=None if expected else error)
+        return ArmResult(key, "failed", reason=reason)
 
     def _reason(self, error: BaseException, config: Config, arms: int) -> str:
         """One sentence about what ended an arm. `arms` were held in memory, this one among them."""

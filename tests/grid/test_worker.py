@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import pytest
 from grid_fakes import SETTING, make_arm
 
 from basd.config import FrozenArm
+from basd.errors import DISK_FULL, UserError
+from basd.grid import worker as worker_module
 from basd.grid.display import data_wait, said_of
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.worker import Worker
 from basd.tracking.files import FileLock
 from basd.tracking.journal import Journal, last_event, read_events
+from basd.training.cohort import ArmResult
 
 
 class Bench:
@@ -185,8 +189,6 @@ def test_arm_begun_by_other_code_starts_anew(tmp_path: Path) -> None:
 
 
 def test_ledger_locked_at_the_end_of_training_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from basd.errors import UserError
-
     bench = Bench(tmp_path, [make_arm(0, 0)])
     complete = Ledger.complete
     refusals = 2
@@ -210,3 +212,48 @@ def test_directory_that_cannot_be_written_fails_the_arm(tmp_path: Path) -> None:
     assert bench.work() == 1
     assert bench.states() == ["failed", "complete"]
     assert "cannot be written" in bench.ledger().arms()[bench.keys[0]].reason
+
+
+def test_a_full_disk_costs_no_retry_and_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arm is given back, the worker waits, and both go on where there is room again."""
+    monkeypatch.setattr(worker_module, "FULL_DISK_PAUSE", 0.01)
+    bench = Bench(tmp_path, [make_arm(0, 0), make_arm(1, 0)], retries=0)
+    full = [True, True, False]
+    write = Journal.flush
+
+    def flush(self: Journal) -> int:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self)
+
+    def train(arms: Any, directories: Any, recorders: Any, **callbacks: Any) -> Any:
+        full.pop(0) if len(full) > 1 else None
+        if full[0]:
+            return [ArmResult(arm.arm_key, "stopped", reason=DISK_FULL) for arm in arms]
+        return grid_fakes.train_cohort(arms, directories, recorders, **callbacks)
+
+    monkeypatch.setattr(Journal, "flush", flush)
+    assert bench.work(train) == 2
+    assert bench.states() == ["complete"] * 2
+    assert [state.retries for state in bench.ledger().arms(bench.keys).values()] == [0, 0]
+
+
+def test_a_ledger_that_does_not_answer_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "LEDGER_PAUSE", 0.01)
+    bench = Bench(tmp_path, [make_arm(0, 0)])
+    claim, left = Ledger.claim, [3]
+
+    def claims(self: Ledger, *arguments: Any, **options: Any) -> list[str]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise UserError("the ledger's server is starting up")
+        return claim(self, *arguments, **options)
+
+    monkeypatch.setattr(Ledger, "claim", claims)
+    assert bench.work() == 1 and bench.states() == ["complete"]
+    monkeypatch.setattr(worker_module, "LEDGER_PATIENCE", 0.0)
+    left[0] = 3
+    with pytest.raises(UserError, match="starting up"):
+        bench.work()

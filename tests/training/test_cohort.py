@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tiny import MemoryRecorder, same_bits, state_of
 from basd.components.losses import attn
 from basd.config import FrozenArm, from_dict
 from basd.data.mixing import draw
+from basd.errors import DISK_FULL
 from basd.training import cohort as cohort_module
 from basd.training import random_streams as streams
 from basd.training.arm import TrainingArm
@@ -387,3 +390,34 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(together
         killed.metrics(event["step"], event["metrics"])
     assert killed.results == recorders["basd"].results
     assert same_bits(state_of(tmp_path), state_of(folder / arm.arm_key))
+
+
+def test_an_arm_that_finds_no_room_goes_on_where_there_is(
+    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk ends nothing for good: the arm is left, its neighbour too, and both end with the same bits."""
+    arms = [tiny_arm("recipe.duration=3 epochs"), tiny_arm("method=ce", "recipe.duration=3 epochs")]
+    expected, _ = run(arms, tmp_path / "whole")
+    saves, write = [], cohort_module.save_checkpoint
+
+    def save(directory: Path, state: dict[str, Any]) -> None:
+        saves.append(directory)
+        # torch.save says it in its own words, behind which the system's stand
+        if len(saves) > 2:
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as error:
+                raise RuntimeError("unexpected pos 704 vs 598") from error
+        write(directory, state)
+
+    recorders = [MemoryRecorder() for _ in arms]
+    directories = [tmp_path / "cut" / arm.arm_key for arm in arms]
+    monkeypatch.setattr(cohort_module, "save_checkpoint", save)
+    results = train_cohort(arms, directories, recorders)
+    assert [(result.status, result.reason) for result in results] == [("stopped", DISK_FULL)] * 2
+    monkeypatch.setattr(cohort_module, "save_checkpoint", write)
+    results = train_cohort(arms, directories, recorders)
+    assert [result.status for result in results] == ["complete"] * 2
+    for arm, recorder, whole in zip(arms, recorders, expected, strict=True):
+        assert recorder.results == whole.results
+        assert same_bits(state_of(tmp_path / "cut" / arm.arm_key), state_of(tmp_path / "whole" / arm.arm_key))
