@@ -384,7 +384,8 @@ def work_on(
     try:
         return worker.work()
     finally:
-        following.drain()
+        if not following.drain():
+            log.warning("not everything is in MLflow yet (%s); run `basd sync %s`", following.problem, plan.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

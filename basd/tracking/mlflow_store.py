@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # MLflow's limit of metrics in one request
 SUPERSEDED = "basd.superseded"
+# Characters of a run's name in MLflow's database; of a longer one the middle is left out, the seed stands at its end.
+LONGEST_NAME = 250
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -202,7 +204,9 @@ class Store:
         from mlflow.entities import Param
 
         every = {"mlflow.source.name": "basd", "mlflow.source.type": "LOCAL", "mlflow.user": _user(), **tags}
-        run = self.client.create_run(self.experiment, start_time=start, tags=every, run_name=name)
+        # SQLite takes any length, a PostgreSQL backend refuses what MLflow's column does not hold
+        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 50]}…{name[-49:]}"
+        run = self.client.create_run(self.experiment, start_time=start, tags=every, run_name=short)
         run_id = str(run.info.run_id)
         items = [Param(key, value[:6000]) for key, value in params.items()]
         for i in range(0, len(items), 100):

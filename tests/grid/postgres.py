@@ -40,7 +40,20 @@ class Server:
         if self.user is not None:
             for path in (self.folder, secret):
                 shutil.chown(path, self.user)
-        self._run("initdb", "-D", "data", "-U", "basd", "-A", "scram-sha-256", "--pwfile=password", "--no-sync")
+        self._run(
+            "initdb",
+            "-D",
+            "data",
+            "-U",
+            "basd",
+            "-A",
+            "scram-sha-256",
+            "--pwfile=password",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "--no-sync",
+        )
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 

@@ -137,6 +137,21 @@ def test_names_are_those_of_the_design(uri: str, arms: Arms) -> None:
     assert "train/loss" not in parent.data.metrics
 
 
+def test_a_long_name_fits_the_column_of_every_backend_and_keeps_its_seed(uri: str, arms: Arms) -> None:
+    """SQLite takes any length; PostgreSQL refused the run, and nothing of the arm reached MLflow."""
+    from mlflow.store.tracking.dbmodels.models import SqlRun
+
+    directory = arms.complete(0, 0.5)
+    values = json.loads((directory / "arm.json").read_text())
+    write_json(directory / "arm.json", {**values, "name": "basd " + "recipe.lr=1 " * 60})
+    mirror_once(uri, directory)
+    column = SqlRun.__table__.c["name"].type.length
+    for run in [run for runs in runs_of(uri, arms.setting) for run in runs]:
+        assert len(run.info.run_name) <= column
+    (nested,) = runs_of(uri, arms.setting)[1]
+    assert nested.info.run_name.startswith("basd recipe.lr=1") and nested.info.run_name.endswith("seed=0")
+
+
 def test_a_second_table_tags_a_finished_run(uri: str, arms: Arms) -> None:
     directory = arms.complete(0, 0.5)
     mirror_once(uri, directory, labels={"first": "basd"})
