@@ -212,7 +212,7 @@ def get(address: str, password: str | None = None) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("auth", [False, True], ids=["open", "accounts"])
-def test_the_services_commands_train_a_table(auth: bool, server: Server, tmp_path: Path) -> None:
+def test_the_services_commands_serve_and_train(auth: bool, server: Server, tmp_path: Path) -> None:
     host = Host(tmp_path, server, auth)
     host.environment["BASD_CACHE"] = str(tmp_path / "cache")
     settings = [*TINY, "rows=[basd,ce]", f"seeds=[{int(auth)}]", "recipe.duration=1 epochs"]
@@ -223,6 +223,8 @@ def test_the_services_commands_train_a_table(auth: bool, server: Server, tmp_pat
         listing = f"http://127.0.0.1:{host.port}/api/2.0/mlflow/experiments/search?max_results=1"
         assert get(listing) == (401 if auth else 200)
         assert get(listing, "wrong") == (401 if auth else 200) and get(listing, ACCOUNT) == 200
+        if not auth:
+            return
         workers = [host.start("worker", f"worker-{number}.log") for number in range(2)]
         codes = [worker.wait(240) for worker in workers]
         logs = [(tmp_path / f"worker-{number}.log").read_text() for number in range(2)]

@@ -203,7 +203,7 @@ def test_two_processes_claim_each_arm_once(url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repeat", range(int(os.environ.get("BASD_REPEATS", "2"))))
+@pytest.mark.parametrize("repeat", range(int(os.environ.get("BASD_REPEATS", "1"))))
 def test_two_processes_claim_200_arms_once(url: str, repeat: int) -> None:
     claim_with_two_processes(url, 200)
 

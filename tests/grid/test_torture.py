@@ -1,0 +1,19 @@
+"""The short form of `tests/torture.py`; the long one is run by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from postgres import programs
+from torture import options, run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ledger", ["sqlite", "postgresql"])
+def test_a_grid_under_torture_ends_with_the_bits_of_one_that_nothing_interrupted(ledger: str, tmp_path: Path) -> None:
+    if ledger == "postgresql" and programs() is None:
+        pytest.skip("PostgreSQL's server is not installed")
+    given = options(["--ledger", ledger, "--kills", "5", "--rows", "basd,ce", "--seeds", "1", "--epochs", "10"])
+    said: list[str] = []
+    assert run(tmp_path / "torture", given, said.append) == [], said
