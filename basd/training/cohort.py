@@ -62,7 +62,7 @@ class ArmResult:
     reason: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Member:
     """An arm with where it lies and where it reports."""
 
@@ -227,7 +227,7 @@ class Cohort:
                 return
             step = epoch * self.steps_per_epoch + position
             # members further along wait for the others; those that are through have left
-            due = sum(member.arm.step == step for member in self.members)
+            due = [member for member in self.members if member.arm.step == step]
             if not due:
                 continue
             for batch in self._batches(order[position], epoch, step, clock):
@@ -235,17 +235,18 @@ class Cohort:
                 if self.teacher is not None:
                     mean, std = statistics_of(self.teacher_config, self.data)
                     teacher = TeacherViews(self.teacher, batch, self.teacher_config.image_size, mean, std)
-                for member in list(self.members):
-                    if member.arm.step == step:
+                for member in due:
+                    if member in self.members:
                         self._attempt(member, partial(self._train, member, batch, teacher))
                 # before the next batch and before evaluations: the teacher's tokens and maps are the most that a step holds
                 del batch, teacher
             clock.images += self.batch_size
             clock.steps += 1
-            clock.arms = due
+            clock.arms = len(due)
             last = position == self.steps_per_epoch - 1
-            for member in list(self.members):
-                if member.arm.step == step + 1 and (last or member.arm.step == member.arm.total_steps):
+            for member in due:
+                # one that was an epoch ahead stands here too, but has ended its epoch before
+                if member in self.members and (last or member.arm.step == member.arm.total_steps):
                     self._attempt(member, partial(self._end_epoch, member, epoch, clock))
             yield step
 

@@ -174,18 +174,23 @@ def test_the_selector_history_survives_steps_without_a_loss(
     assert {1 + step // 5 for step in unmixed} == epochs == {int(row.split(",")[0]) // 5 for row in history.split()[1:]}
 
 
-def test_arms_at_different_steps_make_one_cohort(together, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [7, 5])
+def test_arms_at_different_steps_make_one_cohort(ahead: int, together, tmp_path: Path) -> None:
+    """Whether one is in the middle of a later epoch or has just ended the epoch that the others are in."""
     folder, arms, recorders, _ = together
     chosen = [arms["basd"], arms["ce"], arms["forward"]]
     records = [MemoryRecorder() for _ in chosen]
     directories = [tmp_path / arm.arm_key for arm in chosen]
-    for arm, directory, recorder, after in zip(chosen, directories, records, (7, 0, 3), strict=True):
+    for arm, directory, recorder, after in zip(chosen, directories, records, (ahead, 0, 3), strict=True):
+        assert from_dict(arm.config).recipe.batch_size == 200, "an epoch has 5 steps"
         if after:
             calls = iter(range(100))
             train_cohort([arm], [directory], [recorder], stop=lambda after=after, calls=calls: next(calls) >= after)
     results = train_cohort(chosen, directories, records)
     assert {result.status for result in results} == {"complete"}
     for name, arm, recorder in zip(("basd", "ce", "forward"), chosen, records, strict=True):
+        places = [(step, metric) for step, values in recorder.events for metric in values]
+        assert len(places) == len(set(places)), "a point is recorded twice"
         assert recorder.results == recorders[name].results
         assert same_bits(state_of(tmp_path / arm.arm_key), state_of(folder / arm.arm_key))
 
