@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -334,6 +335,8 @@ def _run_sections(overrides: list[str]) -> tuple[str | None, Any]:
     from basd.compose import compose
 
     setting = next((text.partition("=")[2] for text in overrides if text.startswith("setting=")), None)
+    if setting is not None and not re.fullmatch(r"[\w.-]*\w", setting):
+        raise UserError(f"setting={setting} is not the name of a setting; they are the folders of runs/.")
     return setting, compose([text for text in overrides if not text.startswith("setting=")]).config
 
 

@@ -11,9 +11,12 @@ from basd import __version__
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """Commit of BASD's source, "-dirty" if its files differ from it; the wheel's version outside a checkout."""
+    """The last commit that changed BASD's source, "-dirty" if its files differ from it; the wheel's version outside a checkout.
+
+    Commits of documents, tests or tables are no new version of the code.
+    """
     source = Path(__file__).resolve().parent
-    commit = _git(source, "rev-parse", "--short=12", "HEAD")
+    commit = _git(source, "log", "-1", "--format=%h", "--abbrev=12", "--", ".")
     # a wheel installed below some other project's checkout must not report that project's commit
     tracked = commit and _git(source, "ls-files", "--error-unmatch", "errors.py")
     if not commit or not tracked:

@@ -640,6 +640,9 @@ def test_command_says_it_with_its_exit_status(
     )
     assert main(["audit", "fake_table", f"setting={SETTING}", "tracking.uri=sqlite:///gone.db"]) == 1
     assert "MLflow was not audited" in capsys.readouterr().out
+    for outside in ("../runs", "*", "/", ".."):
+        assert main(["audit", "fake_table", f"setting={outside}"]) == 2
+        assert "is not the name of a setting" in capsys.readouterr().err
     assert main(["audit", "fake_table", "setting=none"]) == 2
     assert f"choose another with setting=… ({SETTING})" in capsys.readouterr().err
     assert main(["audit", "mian"]) == 2
