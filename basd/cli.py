@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--no-probe", action="store_true", help="do not measure a few steps to predict the time")
     grid = command("grid", "train what a table lacks and print it; run it again after any interruption")
     worker = command("worker", "one more worker on a table's ledger")
+    worker.add_argument(
+        "-m", "--multirun", action="store_true", help="have Hydra's launcher start one for each value of worker=0,1,2"
+    )
     status = command("status", "how far the tables are, and the time left")
     audit = command("audit", "whether ledger, journals and MLflow agree on every arm, and which code trained it")
     sync = command("sync", "send MLflow what it does not have yet")
@@ -104,7 +107,7 @@ def _with_others(given: argparse.Namespace, extra: list[str]) -> int:
 
     if given.command not in TOGETHER or getattr(given, "multirun", False):
         if os.environ["RANK"] == "0":
-            what = "multirun" if given.command == "train" else given.command
+            what = "multirun" if getattr(given, "multirun", False) else given.command
             print(f"basd: {what} runs in one process; start it without torchrun.", file=sys.stderr)
         return 2
     try:
@@ -390,6 +393,10 @@ def audit(given: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def worker(given: argparse.Namespace, overrides: list[str]) -> int:
+    if given.multirun:
+        from basd.multirun import start_workers
+
+        return start_workers(given.name, overrides)
     from basd.grid.worker import log_name, work_on
 
     screen = console(given.quiet)

@@ -1,12 +1,19 @@
-"""`basd train -m`: Hydra's multirun over arms, with any launcher or sweeper, e.g. `basd train -m seed=0,1 selector=uniform,forward`."""
+"""Hydra's multirun: `basd train -m seed=0,1 selector=uniform,forward` over arms, with any launcher or sweeper, and
+`basd worker NAME -m 'worker=range(8)' hydra/launcher=joblib`, which has a launcher start workers."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -72,3 +79,62 @@ def multirun(overrides: Sequence[str], *, again: bool) -> int:
     statuses.clear()
     hydra.main(config_path="pkg://basd.conf", config_name="config")(job)()
     return max(statuses, default=0)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+# The folder in which each worker leaves the status that it ended with; in the environment, like AGAIN.
+STATUSES = "BASD_WORKER_STATUSES"
+
+
+@dataclass
+class WorkerJob:
+    """What a launcher hands to one worker."""
+
+    ablation: str = ""
+    worker: int = 0
+    # the settings of the command line, as they were written
+    settings: list[str] = field(default_factory=list)
+
+
+def worker_job(config: Any) -> None:
+    """One worker, in whatever process the launcher runs it; its messages and its status are those of `basd worker`."""
+    from basd.cli import main
+
+    status = main(["worker", str(config.ablation), "--quiet", *(str(text) for text in config.settings)])
+    (Path(os.environ[STATUSES]) / str(config.worker)).write_text(str(status))
+
+
+def start_workers(ablation: str, overrides: Sequence[str]) -> int:
+    """Hand workers of an ablation to Hydra's launcher: one for each value of `worker=…`; returns the worst of their statuses."""
+    hydras = [text for text in overrides if text.startswith(("hydra/", "hydra."))]
+    numbers = [text for text in overrides if text.startswith("worker=")]
+    settings = [text for text in overrides if text not in (*hydras, *numbers)]
+    count = _worker_count(numbers)
+    if "hydra/launcher=joblib" in hydras and not any(text.startswith("hydra.launcher.n_jobs=") for text in hydras):
+        hydras.append(f"hydra.launcher.n_jobs={count}")
+    ConfigStore.instance().store(name="basd_worker", node=WorkerJob)
+    given = json.dumps(settings, ensure_ascii=False)
+    sys.argv = ["basd worker", "--multirun", f"ablation={ablation}", f"settings={given}", *numbers, *hydras]
+    with tempfile.TemporaryDirectory(prefix="basd-workers-") as folder:
+        os.environ[STATUSES] = folder
+        hydra.main(config_path=None, config_name="basd_worker")(worker_job)()
+        ended = [int(path.read_text()) for path in Path(folder).iterdir()]
+    if len(ended) < count:
+        raise UserError(f"{count - len(ended)} of {count} workers ended without a word; see the launcher's output.")
+    return max(ended)
+
+
+def _worker_count(numbers: Sequence[str]) -> int:
+    """How many workers `worker=…` asks for."""
+    wanted = "write worker=0,1,2 or 'worker=range(8)', a number for each worker."
+    if len(numbers) != 1:
+        raise UserError(f"basd worker -m starts a worker for each value of worker=…; {wanted}")
+    try:
+        (override,) = OverridesParser.create().parse_overrides(list(numbers))
+        values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else [str(override.value())]
+    except HydraException as error:
+        raise UserError(f"{numbers[0]} is no list of workers; {wanted}") from error
+    if not values or len(set(values)) < len(values) or not all(value.isdigit() for value in values):
+        raise UserError(f"{numbers[0]} is no list of workers; {wanted}")
+    return len(values)
