@@ -84,8 +84,8 @@ class Server:
 class Torture:
     """One grid, its reference, and what is done to it."""
 
-    def __init__(self, folder: Path, given: argparse.Namespace, say: Callable[[str], None]) -> None:
-        self.folder, self.given, self.say = folder, given, say
+    def __init__(self, folder: Path, given: argparse.Namespace) -> None:
+        self.folder, self.given = folder, given
         self.random = random.Random(given.seed)
         self.work, self.reference = folder / "work", folder / "reference"
         self.work.mkdir(parents=True)
@@ -270,8 +270,8 @@ class Torture:
 
 
 @contextmanager
-def torture(folder: Path, given: argparse.Namespace, say: Callable[[str], None] = print) -> Iterator[Torture]:
-    made = Torture(folder, given, say)
+def torture(folder: Path, given: argparse.Namespace) -> Iterator[Torture]:
+    made = Torture(folder, given)
     try:
         yield made
     finally:
@@ -280,7 +280,7 @@ def torture(folder: Path, given: argparse.Namespace, say: Callable[[str], None] 
 
 def run(folder: Path, given: argparse.Namespace, say: Callable[[str], None] = print) -> list[str]:
     """All of it; returns what is wrong."""
-    with torture(folder, given, say) as made:
+    with torture(folder, given) as made:
         began = time.monotonic()
         made.train_reference()
         reference = time.monotonic() - began

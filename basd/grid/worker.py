@@ -136,7 +136,7 @@ class Worker:
         try:
             while not self.stop():
                 self._wait_for_room()
-                claimed, waiting = self._patiently(self._next)
+                claimed, waiting = self._next_patiently()
                 if claimed:
                     self._cohort(claimed)
                 elif waiting:
@@ -157,12 +157,12 @@ class Worker:
             state.state == "waiting" for state in self.ledger.arms(list(self.arms)).values()
         )
 
-    def _patiently(self, ask: Callable[[], tuple[list[str], bool]]) -> tuple[list[str], bool]:
-        """Ask the ledger again while it does not answer: its server may be starting again, its disk full for a while."""
+    def _next_patiently(self) -> tuple[list[str], bool]:
+        """`_next`, asked again while the ledger does not answer: its server may be starting, its disk full for a while."""
         end, said = time.monotonic() + LEDGER_PATIENCE, ""
         while True:
             try:
-                return ask()
+                return self._next()
             except UserError as error:
                 if time.monotonic() > end or self.stop():
                     raise

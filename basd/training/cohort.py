@@ -34,6 +34,7 @@ from basd.training import random_streams as streams
 from basd.training.arm import NonFiniteLossError, TrainingArm
 from basd.training.batches import CropFeed, StepBatch, TeacherViews
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from basd.training.clock import EpochClock
 from basd.training.device import check_device, cpu_threads
 from basd.training.memory import (
     WORTH_COLLECTING,
@@ -215,7 +216,7 @@ class Cohort:
     def _epoch(self, epoch: int, first: int) -> Iterator[int]:
         """From batch `first` of an epoch to its end."""
         order = epoch_order(len(self.splits.train), self.batch_size, streams.generator(self.seed, streams.ORDER, epoch))
-        clock = _Clock(time.perf_counter())
+        clock = EpochClock(time.perf_counter())
         for position in range(first, self.steps_per_epoch):
             asked = self.stop()
             if distributed.any_rank(asked):
@@ -250,7 +251,7 @@ class Cohort:
                     self._attempt(member, partial(self._end_epoch, member, epoch, clock))
             yield step
 
-    def _batches(self, indices: Tensor, epoch: int, step: int, clock: _Clock) -> Iterator[StepBatch]:
+    def _batches(self, indices: Tensor, epoch: int, step: int, clock: EpochClock) -> Iterator[StepBatch]:
         """The parts of a step's batch, one after the other, with their clean views made."""
         for part, rows in enumerate(self.rows):
             began = time.perf_counter()
@@ -334,7 +335,7 @@ class Cohort:
     def _owned(self, member: _Member) -> bool:
         return distributed.by_first(lambda: self.owned(member.frozen.arm_key))
 
-    def _end_epoch(self, member: _Member, epoch: int, clock: _Clock) -> ArmResult | None:
+    def _end_epoch(self, member: _Member, epoch: int, clock: EpochClock) -> ArmResult | None:
         arm = member.arm
         final = arm.step == arm.total_steps
         values = clock.metrics()
@@ -400,38 +401,6 @@ class Cohort:
     def _finish(self, result: ArmResult) -> None:
         self.results.append(result)
         self.on_finished(result)
-
-
-@dataclass
-class _Clock:
-    """Throughput of an epoch, for the log only."""
-
-    start: float
-    data: float = 0.0
-    images: int = 0
-    steps: int = 0
-    arms: int = 1
-
-    def metrics(self) -> dict[str, float]:
-        elapsed = max(1e-9, time.perf_counter() - self.start)
-        values = {"time/images_per_second": self.images / elapsed, "time/data_wait_share": self.data / elapsed}
-        values["time/step_milliseconds"] = 1e3 * elapsed / max(1, self.steps)
-        values["time/arms_in_cohort"] = float(self.arms)
-        values.update(system_metrics())
-        return values
-
-
-def system_metrics() -> dict[str, float]:
-    """CPU share and resident memory of this process, where psutil is installed."""
-    try:
-        import psutil
-    except ImportError:
-        return {}
-    process = psutil.Process(os.getpid())
-    return {
-        "system/cpu_percent": psutil.cpu_percent(),
-        "system/memory_rss_megabytes": process.memory_info().rss / 1e6,
-    }
 
 
 def _number(value: Tensor | float) -> float:

@@ -14,6 +14,8 @@ from basd.components.losses.rel import (
     RelationLoss,
     RelationLossConfig,
     all_pairs,
+    differences,
+    differences_by_product,
     draw_pairs,
     edge_products,
 )
@@ -173,6 +175,21 @@ def test_all_pairs_need_no_tensor_of_differences(edge: str) -> None:
     with Largest() as largest:
         build(pairs="all", edge=edge)(student, teacher, generator()).backward()
     assert largest.numbers <= 4 * 15 * 64 < 4 * (15 * 14 // 2) * 64
+
+
+def test_differences_by_product_are_the_differences() -> None:
+    """Values and gradients; CUDA takes them where pairs are few."""
+    first, second = draw_pairs(12, 7, generator(0))
+    found = []
+    for by in (differences, differences_by_product):
+        z = randn(2, 3, 12, 5).requires_grad_()
+        edges = by(z, first, second)
+        (edges * randn(2, 3, 7, 5, seed=2)).sum().backward()
+        found.append((edges.detach(), z.grad))
+    expected = torch.stack([z.detach()[:, :, i] - z.detach()[:, :, j] for i, j in zip(first, second, strict=True)], 2)
+    torch.testing.assert_close(found[0][0], expected)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])

@@ -99,10 +99,14 @@ def test_descriptor_does_not_depend_on_the_orientation_of_the_image() -> None:
     torch.testing.assert_close(turned, upright, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("grid", [(3, 5), (4, 6), (5, 4), (1, 6), (2, 2), (7, 7)])
-def test_parseval_with_multiplicity(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("grid", [(3, 5), (4, 6), (5, 4), (1, 6), (2, 2), (7, 7), (14, 14), (16, 15)])
+def test_parseval_with_multiplicity(grid: tuple[int, int], trained: bool) -> None:
+    """By each way of computing it: with a gradient or without one, by the basis or, on large grids, by an FFT."""
     tokens = randn(2, grid[0] * grid[1], 6)
-    power = spatial_power(tokens, grid)
+    power = spatial_power(tokens.clone().requires_grad_(trained), grid)
+    assert power.requires_grad == trained
+    power = power.detach()
     torch.testing.assert_close(power.sum(-1), tokens.square().sum((1, 2)), rtol=1e-4, atol=1e-4)
     naive = [
         [np.abs(np.fft.rfft2(x[:, d].reshape(grid), norm="ortho").flatten()) ** 2 for d in range(6)]

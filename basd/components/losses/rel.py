@@ -74,7 +74,11 @@ def differences(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """z_i − z_j of each pair (i, j). z (M, B, N, D) → (M, B, K, D)."""
     if z.device.type == "cpu" or first.numel() > z.shape[2]:
         return z.index_select(2, first) - z.index_select(2, second)
-    # few pairs on CUDA: a product with ±1, whose backward is a product too instead of a scattered sum in any order
+    return differences_by_product(z, first, second)
+
+
+def differences_by_product(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The same as a product with ±1, for few pairs on CUDA: its backward is a product too, not a scattered sum in any order."""
     incidence = z.new_zeros(first.numel(), z.shape[2])
     incidence.scatter_(1, first[:, None], 1.0).scatter_(1, second[:, None], -1.0)
     return incidence @ z
