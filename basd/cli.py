@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     plan = command("plan", "the arms of a table, what differs in each, what is done, how long the rest takes")
     plan.add_argument("--no-probe", action="store_true", help="do not measure a few steps to predict the time")
     grid = command("grid", "train what a table lacks and print it; run it again after any interruption")
+    sweep = command(
+        "sweep", "search over configurations: an Optuna study, trained in cohorts; run it again after any interruption"
+    )
     worker = command("worker", "one more worker on a table's ledger")
     worker.add_argument(
         "-m", "--multirun", action="store_true", help="have Hydra's launcher start one for each value of worker=0,1,2"
@@ -69,16 +72,19 @@ def parser() -> argparse.ArgumentParser:
         "--json", metavar="FILE", help="also write the report as JSON; - prints it in place of the table"
     )
     doctor = command("doctor", "versions, devices, data, teacher, tracking and ledger")
-    for one in (plan, grid, worker, audit, sync):
+    for one in (plan, grid):
         one.add_argument("name", help="an ablation: a file of experiments/ without .yaml")
-    status.add_argument("name", nargs="?", help="an ablation; all of them without it")
-    report.add_argument("name", nargs="?", help="an ablation")
+    sweep.add_argument("name", help="a sweep: a file of sweeps/ without .yaml")
+    for one in (worker, audit, sync):
+        one.add_argument("name", help="an ablation or a sweep")
+    status.add_argument("name", nargs="?", help="an ablation or a sweep; all of them without it")
+    report.add_argument("name", nargs="?", help="an ablation or a sweep")
     report.add_argument("--all", action="store_true", help="every table that has a plan here")
     for one in (grid, report):
         one.add_argument(
             "--allow-mixed-code", action="store_true", help="print a table whose arms are of several code versions"
         )
-    for one in (train, plan, grid, worker, status, audit, sync, report, teacher, export, bench, doctor):
+    for one in (train, plan, grid, sweep, worker, status, audit, sync, report, teacher, export, bench, doctor):
         one.add_argument("overrides", nargs="*", help=OVERRIDES_HELP)
     return root
 
@@ -153,7 +159,8 @@ def _parse(root: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tu
         if given.command in ("status", "report"):
             given.name, overrides = None, [name, *overrides]
         else:
-            root.error(f"{given.command} needs the name of an ablation before {name}")
+            what = "a sweep" if given.command == "sweep" else "an ablation"
+            root.error(f"{given.command} needs the name of {what} before {name}")
     return given, overrides
 
 
@@ -268,6 +275,92 @@ def grid(given: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if outcome.ok and outcome.mirrored else 1
 
 
+def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
+    import time
+
+    from basd.grid.display import duration
+
+    screen = console(given.quiet)
+    began = time.monotonic()
+    screen.print(f"Planning {given.name}.", markup=False)
+    # below the line above: these imports take seconds
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Preparer
+    from basd.grid.sweep import run_sweep
+    from basd.grid.sweeps import load_sweep
+
+    wanted = load_sweep(given.name, overrides)
+    options = GridOptions.from_config(wanted.config)
+    progress = teacher_progress(screen, given.quiet)
+    try:
+        outcome = run_sweep(wanted, options, Preparer(progress), console=screen, quiet=given.quiet)
+    finally:
+        progress.close()
+    for number, reason in outcome.failures.items():
+        screen.print(f"Trial {number} failed: {reason}", markup=False)
+    if outcome.interrupted:
+        screen.print(f"Run `basd sweep {given.name}` again to go on.", markup=False)
+        return 130
+    if not outcome.mirrored:
+        screen.print(f"Not everything is in MLflow yet: {outcome.mirror_problem}", markup=False)
+    if outcome.plan is not None:
+        files = _sweep_report(outcome.plan, options, screen, Path(wanted.config.runtime.reports))
+        if outcome.mirrored:
+            _publish_sweep(outcome.plan, options, screen, files)
+    left = f" and left {outcome.pruned} on their way" if outcome.pruned else ""
+    trained = f"Trained {outcome.trained} arms{left}"
+    if not outcome.trained and not outcome.pruned:
+        trained = "Nothing to train: every trial had ended"
+    screen.print(f"{trained}; {duration(time.monotonic() - began)} in all.", markup=False)
+    if outcome.stuck:
+        screen.print(f"{outcome.stuck}; run `basd sweep {given.name}` again to go on.", markup=False)
+    return 0 if outcome.mirrored and not outcome.stuck and not outcome.states["FAIL"] else 1
+
+
+def _sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Path) -> list[Path]:
+    """Write and print the report of a sweep; returns the files."""
+    from analysis.sweeps import command, load_sweep, notes, to_rich, write_sweep_report
+
+    assert made.sweep is not None
+    result = load_sweep(options.ledger_url, made.sweep["study"])
+    paths = write_sweep_report(result, reports / made.setting)
+    screen.print(to_rich(result))
+    for trial in result.best[:5]:
+        screen.print(f"Best (trial {trial.number}): {command(result, trial)}", markup=False)
+    for note in notes(result):
+        screen.print(note, markup=False)
+    figures = sorted({path.stem.removeprefix(f"{made.name}.") for path in paths if path.suffix == ".pdf"})
+    written = [str(path) for path in paths if path.suffix not in (".pdf", ".png")]
+    screen.print(f"Written: {', '.join(written)}; figures {', '.join(figures)} beside them (PDF, PNG)", markup=False)
+    return paths
+
+
+def _publish_sweep(made: Plan, options: GridOptions, screen: Console, files: list[Path]) -> None:
+    """The sweep's own run in MLflow; a failure is told and mended by the next call."""
+    from analysis.sweeps import load_sweep, tracked
+    from basd.grid.finished import first_line
+    from basd.tracking.sweep_run import publish_sweep
+
+    assert made.sweep is not None
+    result = load_sweep(options.ledger_url, made.sweep["study"])
+    keys = {row.configuration_key for row in made.rows}
+    lock = options.setting_directory(made.setting) / "mirror.lock"
+    try:
+        publish_sweep(
+            options.tracking_uri,
+            made.setting,
+            lock,
+            name=made.name,
+            configurations=keys,
+            files=files,
+            **tracked(result),
+        )
+    except Exception as error:
+        screen.print(
+            f"The run of the sweep is not in MLflow yet ({first_line(error)}); `basd sync {made.name}`.", markup=False
+        )
+
+
 def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code: bool, reports: Path) -> None:
     import analysis
 
@@ -324,7 +417,10 @@ def report(given: argparse.Namespace, overrides: list[str]) -> int:
         options = GridOptions.from_config(config if "tracking.uri" in said else made.config)
         reports = Path(config.runtime.reports if "runtime.reports" in said else made.runtime["reports"])
         try:
-            _report(made, options, screen, given.allow_mixed_code, reports)
+            if made.sweep is not None:
+                _sweep_report(made, options, screen, reports)
+            else:
+                _report(made, options, screen, given.allow_mixed_code, reports)
         except UserError as error:
             if given.name is not None:
                 raise
@@ -535,6 +631,7 @@ COMMANDS = {
     "train": train,
     "plan": plan,
     "grid": grid,
+    "sweep": sweep,
     "worker": worker,
     "status": status,
     "audit": audit,

@@ -138,7 +138,7 @@ def from_dict(values: Mapping[str, Any], *, combinations: bool = True) -> Config
     Without `combinations` only each field by itself is checked.
     """
     problems: list[str] = []
-    config = _build(Config, values, "", problems)
+    config = build(Config, values, "", problems)
     if not problems and combinations:
         problems = combination_errors(config)
     if problems:
@@ -160,7 +160,8 @@ def suggest(word: str, choices: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]}? Choices: {listed}." if near else f"; choose one of: {listed}."
 
 
-def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+def build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+    """A dataclass from a section of settings, each field checked; what is wrong is added to `problems`."""
     if not isinstance(values, Mapping):
         problems.append(f"{path} must be a section of settings, not {values!r}")
         return None
@@ -182,9 +183,9 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
             if choice not in GROUPS[name]:
                 problems.append(f"{where}={choice} is not known{suggest(str(choice), GROUPS[name])}")
             else:
-                arguments[name] = _build(GROUPS[name][choice], value, where, problems)
+                arguments[name] = build(GROUPS[name][choice], value, where, problems)
         elif dataclasses.is_dataclass(hints[name]):
-            arguments[name] = _build(typing.cast(type, hints[name]), value, where, problems)
+            arguments[name] = build(typing.cast(type, hints[name]), value, where, problems)
         else:
             arguments[name] = _value(value, hints[name], spec.metadata, where, problems)
     return cls(**arguments) if not problems else None

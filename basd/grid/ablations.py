@@ -77,13 +77,18 @@ class _FileError(Exception):
 
 
 def ablation_files() -> dict[str, Path]:
-    """Ablations by name: experiments/ of the working directory first, then those that came with BASD."""
+    """Ablations by name."""
+    return named_files("experiments")
+
+
+def named_files(folder: str) -> dict[str, Path]:
+    """YAML files by name: those of a folder of the working directory before those that came with BASD."""
     found: dict[str, Path] = {}
     # beside the package, in a checkout and in a wheel; by import a folder of that name in the working directory could hide it
-    packaged = Path(basd.__file__).resolve().parent.parent / "experiments"
-    for folder in (packaged, Path("experiments")):
-        if folder.is_dir():
-            found.update({file.stem: file for file in folder.glob("*.yaml")})
+    packaged = Path(basd.__file__).resolve().parent.parent / folder
+    for place in (packaged, Path(folder)):
+        if place.is_dir():
+            found.update({file.stem: file for file in place.glob("*.yaml")})
     return found
 
 
@@ -95,16 +100,21 @@ def load_ablation(name: str, *, may_take_over: bool = True) -> Ablation:
     files = ablation_files()
     if name not in files:
         raise UserError(f"{name} is not an ablation{suggest(name, files)}")
-    try:
-        values = yaml.safe_load(files[name].read_text())
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"experiments/{name}.yaml is not readable as YAML{line}; correct it and run again.") from error
+    values = read_yaml(files[name], f"experiments/{name}.yaml")
     try:
         return _read(name, values, may_take_over)
     except _FileError as error:
         raise UserError(f"experiments/{name}.yaml: {error}") from error
+
+
+def read_yaml(path: Path, shown: str) -> Any:
+    """What a file of experiments/ or sweeps/ holds; `shown` names it in errors."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"{shown} is not readable as YAML{line}; correct it and run again.") from error
 
 
 def merge_overrides(*groups: Iterable[str]) -> list[str]:

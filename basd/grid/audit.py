@@ -79,12 +79,13 @@ class Audit:
     installed: str
     findings: list[Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # records that could not be read
+    pruned: int = 0  # arms that the sweep has left on their way
     notes: list[str] = field(default_factory=list)
 
     @property
     def in_order(self) -> bool:
         """Everything could be read and nothing was found."""
-        return not self.findings and not self.problems and self.complete == self.total
+        return not self.findings and not self.problems and self.complete + self.pruned == self.total
 
     @property
     def summary(self) -> str:
@@ -101,8 +102,9 @@ class Audit:
         if len(self.versions) == 1:
             codes = next(iter(self.versions))
         code = f"; {'mixed code versions' if len(self.versions) > 1 else 'code version'} {codes}" if codes else ""
+        left = f"{self.pruned} left by the sweep, " if self.pruned else ""
         code += f", installed is {self.installed}" if set(self.versions) - {self.installed} else ""
-        return f"{self.name} in {self.setting}: {self.complete} of {self.total} arms complete, {said}{code}."
+        return f"{self.name} in {self.setting}: {self.complete} of {self.total} arms complete, {left}{said}{code}."
 
 
 def print_audit(audit: Audit, console: Console) -> None:
@@ -171,7 +173,7 @@ class _Auditor:
         self.findings: list[Finding] = []
         self.problems: list[str] = []
         self.versions: Counter[str] = Counter()
-        self.complete = self.elsewhere = 0
+        self.complete = self.pruned = self.elsewhere = 0
         self.mirrored: dict[str, bool] = {}  # arm key -> whether its mirror says that all was sent
         self.unsent: set[str] = set()  # arm keys
         self.running: set[str] = set()  # arm keys
@@ -203,6 +205,7 @@ class _Auditor:
             name=self.plan.name,
             total=len(self.plan.arms),
             complete=self.complete,
+            pruned=self.pruned,
             versions=dict(self.versions),
             installed=self.installed,
             findings=self.findings,
@@ -216,7 +219,7 @@ class _Auditor:
         if not self.ledger.exists:
             self.problems.append(
                 f"The ledger {self.options.ledger_url} does not exist: set ledger.url=… to where it is, or run "
-                f"`basd grid {self.plan.name}`, which takes over every arm whose journal is complete."
+                f"`{self.plan.command}`, which takes over every arm whose journal is complete."
             )
             return None
         try:
@@ -258,6 +261,9 @@ class _Auditor:
             what = f"{len(runs)} MLflow runs: {few(f'{run.run_id} ({run.status})' for run in runs)}"
             self._add("duplicate", key, what, f"the first counts; {rest}")
         if not (state is not None and state.state == "complete" if self.states is not None else ended):
+            if self.plan.sweep is not None and state is not None and state.state == "pruned":
+                self.pruned += 1
+                return
             self._incomplete(key, state, ended, runs[0] if runs else None)
             return
         self.complete += 1
@@ -278,7 +284,7 @@ class _Auditor:
             self._add("stale", key, what, f"{self._again(key)} repeats it")
 
     def _incomplete(self, key: str, state: ArmState | None, ended: bool, run: Run | None) -> None:
-        grid = f"`basd grid {self.plan.name}`"
+        grid = f"`{self.plan.command}`"
         if self.states is None:
             self._add("missing", key, "not complete by its journal", grid)
             return

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from basd.config import FrozenArm
 
-State = Literal["waiting", "running", "stale", "complete", "failed"]
+State = Literal["waiting", "running", "stale", "complete", "pruned", "failed"]
 log = logging.getLogger("basd.ledger")
 
 
@@ -87,7 +87,8 @@ class Ledger:
     ) -> list[str]:
         """Enqueue every arm that has no waiting, running or complete trial; returns the keys that were enqueued.
 
-        `labels`: arm key -> rows of `ablation` that it serves. `again` also gives arms that used up their retries a new set.
+        `labels`: arm key -> rows of `ablation` that it serves. `again` also gives arms that used up their retries a new set,
+        and takes up arms that a sweep has left.
         """
         arms = list(arms)
         added = []
@@ -96,7 +97,8 @@ class Ledger:
             self._set_labels(ablation, {a.arm_key: list(labels[a.arm_key]) for a in arms if labels.get(a.arm_key)})
             for arm in arms:
                 state = states.get(arm.arm_key)
-                if state is not None and (state.state != "failed" or (state.permanent and not again)):
+                over = state is not None and (state.permanent or state.state == "pruned")
+                if state is not None and (state.state not in ("failed", "pruned") or (over and not again)):
                     continue
                 fields = {
                     "arm_key": arm.arm_key,
@@ -105,7 +107,7 @@ class Ledger:
                     "seed": arm.seed,
                     "name": arm.name,
                     "version": arm.version,
-                    "retry": state.retries + 1 if state and not state.permanent else 0,
+                    "retry": state.retries + 1 if state and not over else 0,
                 }
                 if labels.get(arm.arm_key):
                     fields[f"row/{ablation}"] = ", ".join(labels[arm.arm_key])
@@ -215,6 +217,12 @@ class Ledger:
             return False
         return key in self._enqueue_failed([key])
 
+    def prune(self, key: str, reason: str) -> bool:
+        """Mark an owned arm left by a sweep. A table that needs it takes it up again, from its checkpoint."""
+        from optuna.trial import TrialState
+
+        return self._leave(key, TrialState.PRUNED, {"reason": reason[:2000]})
+
     def give_back(self, key: str) -> bool:
         """Put an owned arm back among the waiting ones; costs none of its retries."""
         from optuna.trial import TrialState
@@ -308,7 +316,7 @@ class Ledger:
         return self._database.storage.get_all_trials(self._study_id(), deepcopy=False)
 
     def _states(self) -> dict[str, ArmState]:
-        """One state per arm key: complete before running before waiting before failed, then the lower number (failed: the last)."""
+        """One state per arm key: complete, running, waiting, pruned, failed, then the lower number (failed: the last)."""
         by_key: dict[str, list[FrozenTrial]] = {}
         for trial in self._trials():
             if "arm_key" in trial.user_attrs:
@@ -324,6 +332,7 @@ class Ledger:
             TrialState.WAITING: "waiting",
             TrialState.RUNNING: "running",
             TrialState.COMPLETE: "complete",
+            TrialState.PRUNED: "pruned",
         }
         attributes = trial.user_attrs
         state = names.get(trial.state, "failed")
@@ -345,7 +354,7 @@ class Ledger:
             owner=owner,
             retries=retries,
             permanent=state == "failed" and retries >= self.retries,
-            reason=str(attributes.get("reason", "")) if state == "failed" else "",
+            reason=str(attributes.get("reason", "")) if state in ("failed", "pruned") else "",
             log=str(attributes.get("log", "")) if state == "failed" else "",
             metrics={name: float(value) for name, value in attributes.get("metrics", {}).items()},
             started=trial.datetime_start,
@@ -431,7 +440,7 @@ class Ledger:
 def _counting(trials: Sequence[FrozenTrial]) -> FrozenTrial:
     from optuna.trial import TrialState
 
-    for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING):
+    for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):
         for trial in sorted(trials, key=lambda t: t.number):
             if trial.state == state:
                 return trial

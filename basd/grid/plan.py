@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,24 @@ class Plan:
     hash: str
     teacher_top1: float | None = None
     notices: tuple[str, ...] = ()
+    # of a sweep: its study, its pruner and the trials under way (basd.grid.search)
+    sweep: dict[str, Any] | None = None
+
+    def only(self, keys: Collection[str]) -> Plan:
+        """The plan of some of its arms."""
+        cells = {row: {s: key for s, key in cell.items() if key in keys} for row, cell in self.cells.items()}
+        cells = {row: cell for row, cell in cells.items() if cell}
+        return dataclasses.replace(
+            self,
+            rows=tuple(row for row in self.rows if row.name in cells),
+            cells=cells,
+            arms={key: arm for key, arm in self.arms.items() if key in keys},
+        )
+
+    @property
+    def command(self) -> str:
+        """The command that trains what is missing."""
+        return f"basd {'grid' if self.sweep is None else 'sweep'} {self.name}"
 
     def labels_of(self, arm_key: str) -> list[str]:
         """Names of the rows that an arm serves."""
@@ -133,7 +151,7 @@ class Plan:
         try:
             return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError as error:
-            raise UserError(f"the plan {path} does not exist; run basd plan or basd grid.") from error
+            raise UserError(f"the plan {path} does not exist; run basd grid or basd sweep.") from error
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} is not a plan, or of another version of BASD; remove it and run basd grid again."

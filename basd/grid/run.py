@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,7 @@ class Outcome:
 
     complete: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    pruned: list[str] = field(default_factory=list)  # left by a sweep
     failed: dict[str, Failure] = field(default_factory=dict)
     trained: int = 0  # completed during this call, by any process
     workers_started: int = 0
@@ -171,11 +172,19 @@ def mirror_of(plan: Plan, options: GridOptions, ledger: Ledger) -> Mirror:
     return mirror
 
 
-def run_grid(plan: Plan, options: GridOptions, *, console: Console | None = None, quiet: bool = False) -> Outcome:
+def run_grid(
+    plan: Plan,
+    options: GridOptions,
+    *,
+    only: Collection[str] | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Outcome:
     """Train every arm of the plan that is not complete, however often this was interrupted before.
 
-    Several calls at once share the work. UserError when the ledger or the tracking store cannot be used.
+    Several calls at once share the work. `only`: of these arms. UserError when the ledger or the tracking store cannot be used.
     """
+    whole, plan = plan, plan.only(only) if only is not None else plan
     if console is None:
         from rich.console import Console as RichConsole
 
@@ -190,9 +199,10 @@ def run_grid(plan: Plan, options: GridOptions, *, console: Console | None = None
     if len(before) < len(keys):
         check_tracking(options.tracking_uri)
     plan_path = options.setting_directory(plan.setting) / "plans" / f"{plan.name}-{plan.hash}.json"
-    plan.save(plan_path)
+    whole.save(plan_path)
     ledger.reap_stale(keys)
-    ledger.ensure(plan.arms.values(), labels_of(plan), plan.name, again=True)
+    # what a sweep has left or seen fail stays so; a table wants it all the same
+    ledger.ensure(plan.arms.values(), labels_of(plan), plan.name, again=plan.sweep is None)
     mirror = mirror_of(plan, options, ledger)
     outcome = Outcome(seconds={"prepare": time.monotonic() - began, "start": 0.0, "train": 0.0, "mirror": 0.0})
     if len(before) < len(keys):
@@ -238,7 +248,7 @@ def _work_here(
     plan: Plan, options: GridOptions, ledger: Ledger, outcome: Outcome, console: Console, quiet: bool
 ) -> None:
     """Train in this process, which torchrun started together with others, until every arm is complete or has failed for good."""
-    from basd.grid.worker import Stop, Worker, load_trainer
+    from basd.grid.worker import Stop, Worker, load_trainer, pruner_of
 
     keys = list(plan.arms)
     display = Display(console, plan.name, sum(arm.total_steps for arm in plan.arms.values()), len(keys), quiet=quiet)
@@ -266,7 +276,8 @@ def _work_here(
     outcome.workers_started = 1
     try:
         while not stop():
-            Worker(plan.arms, ledger, options, train=train, stop=stop).work()
+            prune = pruner_of(plan, ledger, options)
+            Worker(plan.arms, ledger, options, train=train, stop=stop, prune=prune).work()
             ledger.reap_stale(keys)
             # arms that other workers have may come back
             if not any(state.state in ("waiting", "running", "stale") for state in ledger.arms(keys).values()):
@@ -277,7 +288,7 @@ def _work_here(
         ledger.close()
     outcome.interrupted = stop()
     if outcome.interrupted:
-        display.say(f"Stopped after a checkpoint. Run `basd grid {plan.name}` again to go on from here.")
+        display.say(f"Stopped after a checkpoint. Run `{plan.command}` again to go on from here.")
     ended = time.monotonic()
     first = display.first_progress or ended
     outcome.seconds["start"], outcome.seconds["train"] = first - began, ended - first
@@ -301,7 +312,7 @@ def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, di
         count = Counter(state.state for state in states.values())
         failed = sum(state.permanent for state in states.values())
         wait = data_wait(_running(plan, options, states))
-        display.update(_steps(plan, options, states), count["complete"], failed, wait)
+        display.update(_steps(plan, options, states), count["complete"] + count["pruned"], failed, wait)
         waiting, running = count["waiting"] + count["failed"] - failed, count["running"] + count["stale"]
         if not waiting and not running and not len(workers):
             return
@@ -327,7 +338,7 @@ def _stop(plan: Plan, workers: Workers, display: Display) -> None:
     if not gone:
         workers.signal(signal.SIGKILL)
         workers.wait(10.0)
-    display.say(f"Stopped. Run `basd grid {plan.name}` again to go on from here.")
+    display.say(f"Stopped. Run `{plan.command}` again to go on from here.")
 
 
 def _steps(plan: Plan, options: GridOptions, states: dict[str, ArmState]) -> int:
@@ -335,7 +346,7 @@ def _steps(plan: Plan, options: GridOptions, states: dict[str, ArmState]) -> int
     done = 0
     for key, arm in plan.arms.items():
         state = states.get(key)
-        if state is not None and (state.state == "complete" or state.permanent):
+        if state is not None and (state.state in ("complete", "pruned") or state.permanent):
             done += arm.total_steps
         else:
             done += min(arm.total_steps, steps_done(options.arm_directory(plan.setting, key)))
@@ -360,6 +371,9 @@ def _settle(
         elif state is not None and state.permanent:
             outcome.failed[key] = Failure(state.reason, state.log)
             mirror.conclude(options.arm_directory(plan.setting, key), "FAILED")
+        elif state is not None and state.state == "pruned":
+            outcome.pruned.append(key)
+            mirror.conclude(options.arm_directory(plan.setting, key), "KILLED")
         else:
             outcome.missing.append(key)
             if state is None or state.state != "running":

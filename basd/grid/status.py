@@ -30,11 +30,12 @@ class Counts:
     running: int = 0
     waiting: int = 0
     failed: int = 0
+    pruned: int = 0  # left by a sweep
 
     @property
     def total(self) -> int:
         """All arms."""
-        return self.done + self.running + self.waiting + self.failed
+        return self.done + self.running + self.waiting + self.failed + self.pruned
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _table(plan: Plan, path: Path, states: dict[str, ArmState], options: GridOpt
     for key, arm in plan.arms.items():
         state = states.get(key)
         total += arm.total_steps
-        if state is not None and state.state == "complete":
+        if state is not None and state.state in ("complete", "pruned"):
             done += arm.total_steps
             continue
         progress = read_json(options.arm_directory(plan.setting, key) / "progress.json") or {}
@@ -97,7 +98,7 @@ def _table(plan: Plan, path: Path, states: dict[str, ArmState], options: GridOpt
         (f"{state.name} seed={state.seed}", state.reason, state.log) for state in states.values() if state.permanent
     ]
     counts = _count([states.get(key) for key in plan.arms])
-    left = 0.0 if counts.done == counts.total else (total - done) / speed if speed > 0 else None
+    left = 0.0 if counts.done + counts.pruned == counts.total else (total - done) / speed if speed > 0 else None
     share, wait = done / max(1, total), data_wait(training)
     return TableStatus(plan.setting, plan.name, path, counts, rows, share, left, wait, failures)
 
@@ -108,7 +109,7 @@ def _count(states: list[ArmState | None]) -> Counts:
         if state is None or state.state == "waiting" or (state.state == "failed" and not state.permanent):
             found["waiting"] += 1
         else:
-            found[{"complete": "done", "failed": "failed"}.get(state.state, "running")] += 1
+            found[{"complete": "done", "failed": "failed", "pruned": "pruned"}.get(state.state, "running")] += 1
     return Counts(**found)
 
 
@@ -122,13 +123,16 @@ def print_status(tables: list[TableStatus], console: Console) -> None:
     for table in tables:
         counts, left = table.counts, table.seconds_left
         title = f"{table.name} in {table.setting}: {counts.done} of {counts.total} arms done, {100 * table.share:.0f} % of the steps"
-        if counts.done < counts.total:
+        if counts.pruned:
+            title += f", {counts.pruned} left by the sweep"
+        if counts.done + counts.pruned < counts.total:
             title += f", about {duration(left)} left" if left is not None else ", nobody is training"
             title += said_of(table.data_wait)
         console.print(title, markup=False, highlight=False, soft_wrap=True)
-        shown = Table("row", *(["done", "running", "waiting", "failed"]))
+        kinds = ["done", "running", "waiting", "failed", *(["pruned"] if counts.pruned else [])]
+        shown = Table("row", *kinds)
         for label, row in table.rows.items():
-            shown.add_row(Text(label), *(str(n) if n else "" for n in (row.done, row.running, row.waiting, row.failed)))
+            shown.add_row(Text(label), *(str(getattr(row, kind) or "") for kind in kinds))
         console.print(shown)
         for arm, reason, log in table.failures:
             console.print(f"Failed: {arm}: {reason}" + (f"; log: {log}" if log else ""), markup=False, soft_wrap=True)

@@ -28,6 +28,8 @@ from basd.tracking.journal import Journal, last_event
 
 if TYPE_CHECKING:
     from basd.config import FrozenArm
+    from basd.grid.plan import Plan
+    from basd.grid.pruning import EpochPruner
     from basd.training.recorder import Recorder
 
 log = logging.getLogger("basd.worker")
@@ -118,6 +120,7 @@ class Worker:
         train: Trainer | None = None,
         stop: Callable[[], bool] = lambda: False,
         log_path: str = "",
+        prune: EpochPruner | None = None,
     ) -> None:
         self.arms = arms
         self.ledger = ledger
@@ -125,6 +128,7 @@ class Worker:
         self.workers = workers
         self.stop = stop
         self.log_path = log_path
+        self.prune = prune
         self.trained = 0
         self._train = train
         self._blocked: dict[str, float] = {}  # arms whose directory another process holds -> when to look again
@@ -188,7 +192,12 @@ class Worker:
         try:
             for key in keys:
                 self._open(key, locks, journals, open_keys)
-            cohort = [key for key in keys if key in journals]
+            for key in [key for key in keys if key in journals]:
+                reason = self.prune.decided(key) if self.prune is not None else ""
+                if reason:  # killed between the decision and its word to the ledger
+                    open_keys.discard(key)
+                    self._mark(key, journals[key], "pruned", {}, reason)
+            cohort = [key for key in keys if key in journals and key in open_keys]
             if not cohort:
                 return
 
@@ -210,6 +219,7 @@ class Worker:
                     owned=self.ledger.owned,
                     progress=lambda key, step, total: bars[key](step, total),
                     finished=finished,
+                    **({"prune": self.prune} if self.prune is not None else {}),
                 )
                 for result in results:
                     finished(result)
@@ -283,6 +293,8 @@ class Worker:
         if status == "complete":
             self.trained += 1
             self._tell(lambda: self.ledger.complete(key, metrics))
+        elif status == "pruned":
+            self._tell(lambda: self.ledger.prune(key, reason))
         elif status == "failed":
             self._tell(lambda: self.ledger.fail(key, reason, self.log_path))
         else:
@@ -375,7 +387,15 @@ def work_on(
         options.ledger_url, plan.setting, retries=options.retries, grace=options.grace, timeout=options.ledger_timeout
     )
     ledger.ensure(plan.arms.values(), {key: plan.labels_of(key) for key in plan.arms}, plan.name)
-    worker = Worker(plan.arms, ledger, options, workers=workers, stop=stop, log_path=log_path)
+    worker = Worker(
+        plan.arms,
+        ledger,
+        options,
+        workers=workers,
+        stop=stop,
+        log_path=log_path,
+        prune=pruner_of(plan, ledger, options),
+    )
     if not mirror:
         return worker.work()
     from basd.grid.run import mirror_of
@@ -386,6 +406,19 @@ def work_on(
     finally:
         if not following.drain():
             log.warning("not everything is in MLflow yet (%s); run `basd sync %s`", following.problem, plan.name)
+
+
+def pruner_of(plan: Plan, ledger: Ledger, options: GridOptions) -> EpochPruner | None:
+    """What leaves arms of a sweep's plan at the ends of epochs; None where nothing does."""
+    if plan.sweep is None or not plan.sweep["trials"]:
+        return None
+    from basd.grid.pruning import EpochPruner
+
+    def in_tables(key: str) -> bool:
+        state = ledger.arms([key]).get(key)
+        return state is not None and bool(set(state.labels) - {plan.name})
+
+    return EpochPruner(plan.sweep, options.ledger_url, options.ledger_timeout, in_tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -353,8 +353,7 @@ class Mirror:
                 store.reopen(arm.parent)
                 arm.parent_closed = False
             arm.reopened, arm.status = True, ""
-        for i in range(0, len(rows), BATCH):
-            store.log(arm.run_id, rows[i : i + BATCH])
+        store.log_all(arm.run_id, rows)
         store.tag(arm.run_id, marks)
         rows.clear()
         marks.clear()

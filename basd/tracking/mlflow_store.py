@@ -188,7 +188,7 @@ class Store:
         found = [r for r in self.runs(basd__configuration_key=configuration) if "basd.arm_key" not in r.data.tags]
         if found:
             return str(found[0].info.run_id)
-        return self._create(name, {**tags, "basd.configuration_key": configuration}, params, start)
+        return self.create(name, {**tags, "basd.configuration_key": configuration}, params, start)
 
     def arm(self, key: str, run_tag: str) -> Run | None:
         """The run of an arm, unless it was superseded."""
@@ -198,9 +198,10 @@ class Store:
 
     def create_arm(self, parent: str, name: str, tags: Mapping[str, str], params: Mapping[str, str], start: int) -> str:
         """A new run nested under its configuration's run."""
-        return self._create(name, {**tags, "mlflow.parentRunId": parent}, params, start)
+        return self.create(name, {**tags, "mlflow.parentRunId": parent}, params, start)
 
-    def _create(self, name: str, tags: Mapping[str, str], params: Mapping[str, str], start: int) -> str:
+    def create(self, name: str, tags: Mapping[str, str], params: Mapping[str, str], start: int) -> str:
+        """A new run; returns its id."""
         from mlflow.entities import Param
 
         every = {"mlflow.source.name": "basd", "mlflow.source.type": "LOCAL", "mlflow.user": _user(), **tags}
@@ -223,6 +224,11 @@ class Store:
         from mlflow.entities import Metric
 
         self.client.log_batch(run_id, metrics=[Metric(k, v, t, s) for k, v, t, s in metrics])
+
+    def log_all(self, run_id: str, metrics: list[tuple[str, float, int, int]]) -> None:
+        """As `log`, any number of rows."""
+        for i in range(0, len(metrics), BATCH):
+            self.log(run_id, metrics[i : i + BATCH])
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags on a run."""
@@ -258,8 +264,7 @@ class Store:
         if done:
             known = {m.key: (m.value, m.step) for m in run.data._metric_objs}
             rows = [(k, v, ended, len(done)) for k, v in _summary(done).items() if known.get(k) != (v, len(done))]
-            for i in range(0, len(rows), BATCH):
-                self.log(parent, rows[i : i + BATCH])
+            self.log_all(parent, rows)
         if len(done) >= expected:
             status = "FINISHED"
         elif not settle or any(r.info.status == "RUNNING" for r in arms):

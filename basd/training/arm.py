@@ -38,6 +38,10 @@ EVALUATION_BATCH = 256
 LEAST_LOSS_SCALE = 2.0**-24
 
 
+# In the reason of an arm that diverged.
+NON_FINITE = "not finite"
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss of a step is not a number; the arm fails, its cohort goes on."""
 
@@ -153,7 +157,7 @@ class TrainingArm:
             # the loss of all processes: they decide alike
             loss = float(output.parts["train/loss"])
             if not math.isfinite(loss):
-                raise NonFiniteLossError(f"the loss of step {self.step} is not finite ({loss})")
+                raise NonFiniteLossError(f"the loss of step {self.step} is {NON_FINITE} ({loss})")
             if part == 0:
                 self.optimizer.zero_grad(set_to_none=True)
             total = output.total if count == 1 else output.total / count
@@ -203,7 +207,7 @@ class TrainingArm:
         scale = scaler.get_scale()
         if scale < LEAST_LOSS_SCALE:
             raise NonFiniteLossError(
-                f"the gradients of step {self.step} are not finite at any loss scale; choose runtime.precision=bf16 or fp32."
+                f"the gradients of step {self.step} are {NON_FINITE} at any loss scale; choose runtime.precision=bf16 or fp32."
             )
         parts["train/loss_scale"] = scale
 

@@ -52,7 +52,7 @@ from basd.training.team import announce
 
 log = logging.getLogger("basd.training")
 
-Status = Literal["complete", "failed", "stopped"]
+Status = Literal["complete", "failed", "stopped", "pruned"]
 
 
 @dataclass
@@ -90,9 +90,12 @@ class Cohort:
         owned: Callable[[str], bool] = lambda _key: True,
         progress: Callable[[str, int, int], None] = lambda _key, _step, _total: None,
         finished: Callable[[ArmResult], None] = lambda _result: None,
+        prune: Callable[[str, int, Mapping[str, float]], str] = lambda _key, _epoch, _values: "",
     ) -> None:
         assert arms and len({arm.cohort_key for arm in arms}) == 1, "arms of one cohort key train side by side"
         self.stop, self.owned, self.progress, self.on_finished = stop, owned, progress, finished
+        # told the validation metrics after so many epochs; says why the arm is left, "" where it goes on
+        self.prune = prune
         configs = [from_dict(arm.config) for arm in arms]
         first = configs[0]
         self.seed = first.seed
@@ -348,6 +351,10 @@ class Cohort:
         if (epoch + 1) % member.config.recipe.validate_every == 0 or final:
             values.update(arm.evaluate(self.splits.validation, "val"))
         self._record(member, values)
+        if not final and "val/top1" in values:
+            reason = distributed.by_first(lambda: self.prune(member.frozen.arm_key, epoch + 1, values))
+            if reason:
+                return self._pruned(member, reason)
         if final:
             if not self._owned(member):
                 return self._lost(member)
@@ -360,6 +367,13 @@ class Cohort:
             self._save(member)
         return None
 
+    def _pruned(self, member: _Member, reason: str) -> ArmResult:
+        """The end of an arm that others have overtaken; its checkpoint stays, for whoever wants the rest of it."""
+        if not self._owned(member):
+            return self._lost(member)
+        self._save(member)
+        return ArmResult(member.frozen.arm_key, "pruned", reason=reason)
+
     def _lost(self, member: _Member) -> ArmResult:
         """The arm is another worker's now, whose checkpoint must not be overwritten."""
         log.warning("arm %s is now another worker's; leaving it", member.frozen.arm_key)
@@ -369,7 +383,7 @@ class Cohort:
         """The test set is read here, once, after the last step."""
         arm = member.arm
         metrics = arm.evaluate(self.splits.test, "test")
-        metrics["val/top1"] = arm.evaluate(self.splits.validation, "val")["val/top1"]
+        metrics |= arm.evaluate(self.splits.validation, "val")
         distributed.by_first(lambda: arm.export(member.directory))
         ends = {name: value for name, value in metrics.items() if name.startswith("test/")}
         self._record(member, {**ends, **arm.parameter_counts()})
@@ -434,7 +448,7 @@ def check_fingerprint(prepared: PreparedTeacher, arm: FrozenArm) -> None:
 def train_cohort(
     arms: Sequence[FrozenArm], directories: Sequence[Path], recorders: Sequence[Recorder], **callbacks: Any
 ) -> list[ArmResult]:
-    """Train arms of one cohort key; see `Cohort` for the callbacks stop, owned, progress, finished.
+    """Train arms of one cohort key; see `Cohort` for the callbacks stop, owned, progress, finished, prune.
 
     An arm whose directory holds a checkpoint goes on from there. `UserError` where the cohort as a whole cannot start.
     """

@@ -1,0 +1,127 @@
+"""`basd sweep`: ask a batch of configurations, train their arms as a grid, tell the search what became of them, and go on."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from basd.errors import UserError
+from basd.grid.options import GridOptions
+from basd.grid.plan import Resources
+from basd.grid.run import Outcome, run_grid
+from basd.grid.search import HOPELESS, REASON, Search
+from basd.grid.sweeps import OVER_EPOCHS, Sweep
+from basd.training.device import check_device
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from basd.config import Config
+    from basd.grid.plan import Plan
+
+log = logging.getLogger("basd.sweep")
+
+
+@dataclass
+class SweepOutcome:
+    """What became of a sweep: trials by state, and whether it came to its end."""
+
+    states: Counter[str] = field(default_factory=Counter)  # COMPLETE, PRUNED, FAIL, RUNNING
+    failures: dict[int, str] = field(default_factory=dict)  # trial → reason
+    trained: int = 0  # arms completed by this call
+    pruned: int = 0  # arms that it has left on their way
+    interrupted: bool = False
+    stuck: str = ""  # why it ended before its last trial
+    mirrored: bool = True
+    mirror_problem: str = ""
+    plan: Plan | None = None
+
+
+def run_sweep(
+    sweep: Sweep,
+    options: GridOptions,
+    prepare: Callable[[Config], Resources],
+    *,
+    console: Console,
+    quiet: bool = False,
+) -> SweepOutcome:
+    """Search until every trial of the sweep has ended, however often this was interrupted before.
+
+    Several calls at once, on one machine or several, share the work.
+    """
+    check_device(sweep.config)
+    search = Search(sweep, options, prepare)
+    check_epochs(sweep, search.epochs, console)
+    outcome = SweepOutcome()
+    again = search.retry_failed()
+    if again:
+        console.print(f"{again} trials failed before and are tried again.", markup=False)
+    while True:
+        search.open_batch()
+        wanted = search.wanted()
+        if not wanted:
+            if any(trial.state.name == "RUNNING" for trial in search.trials()):
+                # the arms of a trial ended meanwhile
+                search.settle()
+                continue
+            break
+        outcome.plan = search.plan()
+        numbers = [trial.number for trial in search.trials() if trial.state.name == "RUNNING"]
+        of_all = f"of {sweep.trials}" if max(numbers) < sweep.trials else ""
+        console.print(f"Trials {_listed(numbers)} {of_all}: {len(wanted)} arms.".replace(" :", ":"), markup=False)
+        done = run_grid(outcome.plan, options, only=wanted, console=console, quiet=quiet)
+        search.settle()
+        _take_over(outcome, done)
+        if outcome.interrupted or outcome.stuck:
+            break
+    trials = search.trials()
+    outcome.states = Counter(trial.state.name for trial in trials)
+    outcome.failures = {
+        trial.number: str(trial.user_attrs.get(REASON, ""))
+        for trial in trials
+        if trial.state.name == "FAIL" or HOPELESS in trial.user_attrs
+    }
+    if any("arms" in trial.user_attrs for trial in trials):
+        try:
+            outcome.plan = search.plan()
+        except UserError as error:
+            outcome.stuck = outcome.stuck or str(error)
+        else:
+            outcome.plan.save()
+    return outcome
+
+
+def check_epochs(sweep: Sweep, epochs: int, console: Console) -> None:
+    """`UserError` where a pruner over epochs has nothing to decide on; a note where it seldom has."""
+    if sweep.pruner.name not in OVER_EPOCHS:
+        return
+    every = sweep.config.recipe.validate_every
+    least = getattr(sweep.pruner, "least_epochs", getattr(sweep.pruner, "warmup_epochs", 0))
+    if not any(epoch >= least for epoch in range(every, epochs, every)):
+        raise UserError(
+            f"pruner={sweep.pruner.name} has nothing to decide on: the {epochs} epochs are validated every {every}; set "
+            "recipe.validate_every=1, more epochs, or pruner=none."
+        )
+    if every > 1:
+        console.print(
+            f"Note: arms are validated, and left, every {every} epochs; recipe.validate_every=1 decides at each.",
+            markup=False,
+        )
+
+
+def _take_over(outcome: SweepOutcome, done: Outcome) -> None:
+    outcome.trained += done.trained
+    outcome.pruned += len(done.pruned)
+    outcome.interrupted = done.interrupted
+    outcome.mirrored, outcome.mirror_problem = done.mirrored, done.mirror_problem
+    if done.missing and not done.interrupted:
+        outcome.stuck = f"{len(done.missing)} arms were not trained to their end"
+
+
+def _listed(numbers: list[int]) -> str:
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}–{numbers[-1]}"
+    return ", ".join(str(number) for number in numbers)

@@ -1,0 +1,1 @@
+"""The sweeps: one YAML per Optuna study."""
