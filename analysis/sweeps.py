@@ -7,7 +7,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -324,12 +324,28 @@ def to_csv(result: SweepResult) -> str:
     return out.getvalue()
 
 
+def short_names(keys: Iterable[str]) -> list[str]:
+    """Of each dotted key the last parts that tell it from the others."""
+    parts = [key.split(".") for key in keys]
+
+    def short(own: list[str]) -> str:
+        for count in range(1, len(own) + 1):
+            if sum(other[-count:] == own[-count:] for other in parts) == 1:
+                return ".".join(own[-count:])
+        return ".".join(own)
+
+    return [short(own) for own in parts]
+
+
 def to_rich(result: SweepResult, limit: int = 10) -> rich.table.Table:
     """The best trials for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("trial", *(header(one) for one in result.metrics), *result.space, "state")
+    table = Table()
+    for name in ("trial", *(header(one) for one in result.metrics), *short_names(result.space), "state"):
+        # a number is never cut short
+        table.add_column(name, overflow="fold")
     for trial in ranked(result)[:limit]:
         table.add_row(*(Text(cell) for cell in _cells(result, trial)))
     return table

@@ -72,10 +72,9 @@ def parser() -> argparse.ArgumentParser:
         "--json", metavar="FILE", help="also write the report as JSON; - prints it in place of the table"
     )
     doctor = command("doctor", "versions, devices, data, teacher, tracking and ledger")
-    for one in (plan, grid):
-        one.add_argument("name", help="an ablation: a file of experiments/ without .yaml")
+    grid.add_argument("name", help="an ablation: a file of experiments/ without .yaml")
     sweep.add_argument("name", help="a sweep: a file of sweeps/ without .yaml")
-    for one in (worker, audit, sync):
+    for one in (plan, worker, audit, sync):
         one.add_argument("name", help="an ablation or a sweep")
     status.add_argument("name", nargs="?", help="an ablation or a sweep; all of them without it")
     report.add_argument("name", nargs="?", help="an ablation or a sweep")
@@ -225,6 +224,8 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> int:
     from basd.grid.ledger import Ledger
 
     screen = console(given.quiet)
+    if _is_sweep(given.name):
+        return _plan_sweep(given, overrides, screen)
     made, options = planned(given, overrides, screen)
     ledger = Ledger(options.ledger_url, made.setting, retries=options.retries, grace=options.grace)
     states = ledger.arms(list(made.arms)) if ledger.exists else {}
@@ -241,6 +242,24 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> int:
     screen.print(f"{plan_summary(made, states, left)} Teacher: {_teacher_note(made)}.", markup=False)
     if probe is not None:
         print_prediction(screen, made, left, probe, options)
+    return 0
+
+
+def _plan_sweep(given: argparse.Namespace, overrides: list[str], screen: Console) -> int:
+    screen.print(f"Planning {given.name}.", markup=False)
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Preparer
+    from basd.grid.search import Search
+    from basd.grid.sweep import print_sweep
+    from basd.grid.sweeps import load_sweep
+
+    wanted = load_sweep(given.name, overrides)
+    progress = teacher_progress(screen, given.quiet)
+    try:
+        search = Search(wanted, GridOptions.from_config(wanted.config), Preparer(progress))
+        print_sweep(screen, search, probing=not given.no_probe)
+    finally:
+        progress.close()
     return 0
 
 
@@ -292,8 +311,9 @@ def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
     wanted = load_sweep(given.name, overrides)
     options = GridOptions.from_config(wanted.config)
     progress = teacher_progress(screen, given.quiet)
+    here = given.command == "worker"
     try:
-        outcome = run_sweep(wanted, options, Preparer(progress), console=screen, quiet=given.quiet)
+        outcome = run_sweep(wanted, options, Preparer(progress), console=screen, quiet=given.quiet, here=here)
     finally:
         progress.close()
     for number, reason in outcome.failures.items():
@@ -317,6 +337,40 @@ def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if outcome.mirrored and not outcome.stuck and not outcome.states["FAIL"] else 1
 
 
+def _is_sweep(name: str) -> bool:
+    from basd.grid.ablations import ablation_files
+    from basd.grid.sweeps import sweep_files
+
+    return name in sweep_files() and name not in ablation_files()
+
+
+def _swept(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
+    """The plan of a sweep's trials so far, with the options it runs under."""
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Preparer
+    from basd.grid.search import Search
+    from basd.grid.sweeps import load_sweep
+
+    wanted = load_sweep(given.name, overrides)
+    options = GridOptions.from_config(wanted.config)
+    search = Search(wanted, options, Preparer())
+    if not search.trials():
+        raise UserError(
+            f"the sweep {given.name} has no trial yet under this setting; run basd sweep {given.name} first."
+        )
+    return search.plan(), options
+
+
+def _known(name: str) -> str:
+    """The command that starts a table or a sweep of that name; `UserError` where there is neither."""
+    from basd.grid.ablations import load_ablation
+
+    if _is_sweep(name):
+        return f"basd sweep {name}"
+    load_ablation(name)
+    return f"basd grid {name}"
+
+
 def _sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Path) -> list[Path]:
     """Write and print the report of a sweep; returns the files."""
     from analysis.sweeps import command, load_sweep, notes, to_rich, write_sweep_report
@@ -325,7 +379,7 @@ def _sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Pa
     result = load_sweep(options.ledger_url, made.sweep["study"])
     paths = write_sweep_report(result, reports / made.setting)
     screen.print(to_rich(result))
-    for trial in result.best[:5]:
+    for trial in result.best[:3]:
         screen.print(f"Best (trial {trial.number}): {command(result, trial)}", markup=False)
     for note in notes(result):
         screen.print(note, markup=False)
@@ -447,9 +501,7 @@ def status(given: argparse.Namespace, overrides: list[str]) -> int:
     setting, config = _run_sections(overrides)
     tables = read_status(GridOptions.from_config(config), given.name, setting)
     if given.name is not None and not tables:
-        from basd.grid.ablations import load_ablation
-
-        load_ablation(given.name)
+        _known(given.name)
     print_status(tables, console(given.quiet))
     return 0
 
@@ -467,10 +519,7 @@ def audit(given: argparse.Namespace, overrides: list[str]) -> int:
         held = ", ".join(path.parent.parent.name for path in newest_plans(directory, given.name, None))
         if held:
             raise UserError(f"{setting} holds no plan of {given.name}; choose another with setting=… ({held}).")
-        from basd.grid.ablations import load_ablation
-
-        load_ablation(given.name)
-        raise UserError(f"nothing was planned here for {given.name}; run basd grid {given.name} first.")
+        raise UserError(f"nothing was planned here for {given.name}; run {_known(given.name)} first.")
     said = {text.partition("=")[0] for text in overrides}
     in_order = True
     for path in paths:
@@ -495,6 +544,8 @@ def worker(given: argparse.Namespace, overrides: list[str]) -> int:
         return start_workers(given.name, overrides)
     from basd.grid.worker import log_name, work_on
 
+    if _is_sweep(given.name):
+        return sweep(given, overrides)
     screen = console(given.quiet)
     made, options = planned(given, overrides, screen)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -509,8 +560,12 @@ def sync(given: argparse.Namespace, overrides: list[str]) -> int:
     from basd.grid.run import sync as run_sync
 
     screen = console(given.quiet)
-    made, options = planned(given, overrides, screen)
+    swept = _is_sweep(given.name)
+    made, options = (_swept if swept else planned)(given, overrides, screen)
     outcome = run_sync(made, options)
+    if swept and outcome.mirrored:
+        reports = Path(made.runtime["reports"]) / made.setting
+        _publish_sweep(made, options, screen, sorted(reports.glob(f"{made.name}.*")))
     screen.print(
         "MLflow has everything." if outcome.mirrored else f"MLflow still lacks something: {outcome.mirror_problem}",
         markup=False,

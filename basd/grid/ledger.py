@@ -71,6 +71,11 @@ class Ledger:
         self._quit = threading.Event()
 
     @property
+    def database(self) -> Database:
+        """Where the ledger is; what else is kept there changes under the same lock."""
+        return self._database
+
+    @property
     def exists(self) -> bool:
         """False when nothing was ever written (the database is a file that is not there)."""
         return self._database.exists

@@ -177,12 +177,14 @@ def run_grid(
     options: GridOptions,
     *,
     only: Collection[str] | None = None,
+    here: bool = False,
     console: Console | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Train every arm of the plan that is not complete, however often this was interrupted before.
 
-    Several calls at once share the work. `only`: of these arms. UserError when the ledger or the tracking store cannot be used.
+    Several calls at once share the work. `only`: of these arms. `here`: in this process instead of processes of their own.
+    UserError when the ledger or the tracking store cannot be used.
     """
     whole, plan = plan, plan.only(only) if only is not None else plan
     if console is None:
@@ -207,7 +209,7 @@ def run_grid(
     outcome = Outcome(seconds={"prepare": time.monotonic() - began, "start": 0.0, "train": 0.0, "mirror": 0.0})
     if len(before) < len(keys):
         mirror.start()
-        if distributed.world() > 1:
+        if here or distributed.world() > 1:
             _work_here(plan, options, ledger, outcome, console, quiet)
         else:
             _work(plan, options, ledger, plan_path, outcome, console, quiet)
@@ -247,7 +249,7 @@ def _work(
 def _work_here(
     plan: Plan, options: GridOptions, ledger: Ledger, outcome: Outcome, console: Console, quiet: bool
 ) -> None:
-    """Train in this process, which torchrun started together with others, until every arm is complete or has failed for good."""
+    """Train in this process, which torchrun may have started with others, until every arm is complete or has failed for good."""
     from basd.grid.worker import Stop, Worker, load_trainer, pruner_of
 
     keys = list(plan.arms)

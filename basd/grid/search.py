@@ -22,7 +22,6 @@ from basd.grid.ledger import ArmState, Ledger
 from basd.grid.plan import Plan, PlanRow, Resources, freeze
 from basd.grid.pruning import epoch_pruner
 from basd.grid.space import combinations, overrides_of
-from basd.grid.storage import Database
 from basd.grid.sweeps import OVER_EPOCHS, Sweep
 from basd.training.arm import NON_FINITE
 from basd.training.recipe import parse_duration
@@ -51,7 +50,6 @@ class Search:
     def __init__(self, sweep: Sweep, options: GridOptions, prepare: Callable[[Config], Resources]) -> None:
         self.sweep, self.options = sweep, options
         self._prepare = prepare
-        self._database = Database(options.ledger_url, options.ledger_timeout)
         self.ledger = Ledger(
             options.ledger_url,
             sweep.setting,
@@ -59,6 +57,8 @@ class Search:
             grace=options.grace,
             timeout=options.ledger_timeout,
         )
+        # one lock for both, which `_settle` holds while it asks the ledger
+        self._database = self.ledger.database
         self._study: optuna.Study | None = None
 
     # Asking
@@ -298,6 +298,38 @@ class Search:
             },
         )
 
+    def start(self) -> list[FrozenArm]:
+        """An arm of the configuration that the sweep starts from."""
+        resources = self._prepare(self.sweep.config)
+        chosen = overrides_of(self.sweep.defaults or {}, self.sweep.distributions)
+        composed = compose(self.sweep.composed_with(chosen or self.sweep.first))
+        seed = self.sweep.seeds[0]
+        return [freeze(replace(composed, config=replace(composed.config, seed=seed)), self.sweep.setting, resources)]
+
+    def alike(self, count: int) -> Plan:
+        """A plan of `count` trials that all cost what the first one costs."""
+        (arm,) = self.start()
+        arms = {
+            f"{number}-{seed}": replace(
+                arm, arm_key=f"{number}-{seed}", cohort_key=f"{number // self.sweep.batch}-{seed}"
+            )
+            for number in range(count)
+            for seed in self.sweep.seeds
+        }
+        return Plan(
+            name=self.sweep.name,
+            setting=self.sweep.setting,
+            question=self.sweep.question,
+            reference="",
+            metrics=self.sweep.metrics,
+            seeds=self.sweep.seeds,
+            rows=(),
+            cells={},
+            arms=arms,
+            version=code_version(),
+            hash=self.sweep.hash,
+        )
+
     @property
     def epochs(self) -> int:
         """Epochs of a trial."""
@@ -355,7 +387,7 @@ def facts_of(sweep: Sweep, epochs: int) -> dict[str, Any]:
         "question": sweep.question,
         "metrics": list(sweep.metrics),
         "seeds": list(sweep.seeds),
-        "overrides": list(sweep.overrides),
+        "overrides": sweep.effective_overrides,
         "space": dict(sweep.space),
         "sampler": dataclasses.asdict(sweep.sampler),
         "pruner": dataclasses.asdict(sweep.pruner),

@@ -110,7 +110,8 @@ def text_of(value: Any, distribution: BaseDistribution) -> str:
         rounded = float(f"{value:.{DIGITS}g}")
         return repr(min(max(rounded, distribution.low), distribution.high))
     low, step = Decimal(repr(distribution.low)), Decimal(repr(distribution.step))
-    return str(low + round((Decimal(repr(value)) - low) / step) * step)
+    # exact steps: 0.3, where three times 0.1 in floats is 0.30000000000000004
+    return str(float(low + round((Decimal(repr(value)) - low) / step) * step))
 
 
 def ends(distribution: BaseDistribution) -> list[str]:

@@ -47,10 +47,11 @@ def run_sweep(
     *,
     console: Console,
     quiet: bool = False,
+    here: bool = False,
 ) -> SweepOutcome:
     """Search until every trial of the sweep has ended, however often this was interrupted before.
 
-    Several calls at once, on one machine or several, share the work.
+    Several calls at once, on one machine or several, share the work. `here`: train in this process.
     """
     check_device(sweep.config)
     search = Search(sweep, options, prepare)
@@ -72,7 +73,7 @@ def run_sweep(
         numbers = [trial.number for trial in search.trials() if trial.state.name == "RUNNING"]
         of_all = f"of {sweep.trials}" if max(numbers) < sweep.trials else ""
         console.print(f"Trials {_listed(numbers)} {of_all}: {len(wanted)} arms.".replace(" :", ":"), markup=False)
-        done = run_grid(outcome.plan, options, only=wanted, console=console, quiet=quiet)
+        done = run_grid(outcome.plan, options, only=wanted, here=here, console=console, quiet=quiet)
         search.settle()
         _take_over(outcome, done)
         if outcome.interrupted or outcome.stuck:
@@ -92,6 +93,44 @@ def run_sweep(
         else:
             outcome.plan.save()
     return outcome
+
+
+def print_sweep(console: Console, search: Search, *, probing: bool) -> None:
+    """What a sweep will search, how far it is, and what the rest costs at most (nothing pruned)."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from basd.grid.display import print_prediction
+
+    sweep, options = search.sweep, search.options
+    console.print(f"{sweep.name} in {sweep.setting}: {sweep.question}", markup=False)
+    shown = Table("setting", "values", "starts from")
+    for key, values in sweep.space.items():
+        shown.add_row(*map(Text, (key, values, str((sweep.defaults or {}).get(key, "")))))
+    console.print(shown)
+    check_epochs(sweep, search.epochs, console)
+    trials = search.trials()
+    states = Counter(trial.state.name.lower() for trial in trials)
+    so_far = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none yet"
+    console.print(
+        f"{sweep.trials} trials in batches of {sweep.batch}, seeds {', '.join(map(str, sweep.seeds))}, by {sweep.sampler.name}, "
+        f"pruner {sweep.pruner.name}, for {' and '.join(sweep.metrics)}; so far {so_far}.",
+        markup=False,
+    )
+    left = sweep.trials - sum(trial.state.is_finished() for trial in trials)
+    if not probing or left < 1:
+        return
+    from basd.grid.probe import measure
+
+    console.print(
+        "Measuring a few steps of the configuration that it starts from (--no-probe leaves this out).", markup=False
+    )
+    plan = search.alike(left)
+    print_prediction(
+        console, plan, {key: arm.total_steps for key, arm in plan.arms.items()}, measure(search.start()), options
+    )
+    if sweep.pruner.name != "none":
+        console.print("Arms that are pruned make it shorter.", markup=False)
 
 
 def check_epochs(sweep: Sweep, epochs: int, console: Console) -> None:

@@ -164,6 +164,8 @@ class Sweep:
     # Parameters of the configuration that the overrides describe, which is tried first; None: they lie outside the space.
     defaults: dict[str, Any] | None
     distributions: dict[str, BaseDistribution]
+    # overrides of the space's first values
+    first: tuple[str, ...]
     # that configuration, or where it is none, the one of the space's first values: where and how the sweep runs
     config: Config
 
@@ -173,13 +175,18 @@ class Sweep:
         facts = {
             "metrics": self.metrics,
             "seeds": self.seeds,
-            "overrides": sorted(self.overrides),
+            "overrides": sorted(self.effective_overrides),
             "space": self.space,
             "sampler": dataclasses.asdict(self.sampler),
             "pruner": dataclasses.asdict(self.pruner),
             "defaults": self.defaults is not None,
         }
         return digest(facts)[:12]
+
+    @property
+    def effective_overrides(self) -> list[str]:
+        """Those that change results; the others say where and how the sweep runs, and may hold passwords."""
+        return [text for text in self.overrides if changes_results(_key(text))]
 
     @property
     def study(self) -> str:
@@ -268,7 +275,8 @@ def _read(name: str, values: Any, overrides: Sequence[str]) -> Sweep:
     if problems:
         raise _FileError(join_problems(problems))
     _check_pruning(pruner, metrics, seeds, space)
-    composed, distributions = _check_space(every, space)
+    first = tuple(f"{key}={_first(key, text)}" for key, text in space.items())
+    composed, distributions = _check_space(every, space, first)
     defaults = _defaults(composed, distributions) if values.get("defaults_first", True) else None
     trials = values.get("trials")
     if sampler.name == "grid":
@@ -288,12 +296,19 @@ def _read(name: str, values: Any, overrides: Sequence[str]) -> Sweep:
         batch=int(values.get("batch", 8)),
         defaults=defaults,
         distributions=distributions,
+        first=first,
         config=composed,
     )
 
 
 def _key(text: str) -> str:
     return text.partition("=")[0]
+
+
+def changes_results(key: str) -> bool:
+    """Whether a setting is part of a configuration, as the method's preset is."""
+    section = key.split(".")[0]
+    return section == "method" or section not in NOT_SEMANTIC
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -367,20 +382,19 @@ def _check_pruning(pruner: Any, metrics: Sequence[str], seeds: Sequence[int], sp
         )
 
 
-def _check_space(every: Sequence[str], space: Mapping[str, str]) -> tuple[Config, dict[str, BaseDistribution]]:
+def _check_space(
+    every: Sequence[str], space: Mapping[str, str], first: Sequence[str]
+) -> tuple[Config, dict[str, BaseDistribution]]:
     """Compose every end and choice of each setting beside the first values of the others."""
     for key in space:
         if key == "seed":
             raise _FileError("seed cannot be searched; the seeds of each trial stand under seeds.")
-        section = key.split(".")[0]
-        if section in NOT_SEMANTIC and section != "method":
+        if not changes_results(key):
             raise _FileError(f"{key} does not change a result; give it on the command line instead.")
-        if section == "data":
+        if key.split(".")[0] == "data":
             raise _FileError(f"{key} changes the data, on which trials are compared; fix it.")
     problems: list[str] = []
     distributions: dict[str, BaseDistribution] = {}
-    # groups first: the settings of a part are there once the part is chosen
-    first = [f"{key}={_first(key, text)}" for key, text in space.items()]
     composed = compose(merge_overrides(every, first)).config
     for key, text in space.items():
         distributions[key] = distribution_of(f"{key}={text}", whole=type(_value_at(composed, key)) is int)
@@ -409,8 +423,9 @@ def _first(key: str, text: str) -> str:
     if override.is_discrete_sweep():
         return next(iter(itertools.islice(override.sweep_string_iterator(), 1)), "null")
     value = override.value()
-    assert isinstance(value, IntervalSweep)
-    return str(value.start)
+    assert isinstance(value, IntervalSweep) and value.start is not None
+    # Hydra reads both ends as numbers with a fraction, which whole settings refuse
+    return str(int(value.start)) if value.start == int(value.start) else str(value.start)
 
 
 def _value_at(config: Config, key: str) -> Any:
