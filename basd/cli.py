@@ -542,6 +542,7 @@ def worker(given: argparse.Namespace, overrides: list[str]) -> int:
         from basd.multirun import start_workers
 
         return start_workers(given.name, overrides)
+    from basd.grid.options import WORKERS
     from basd.grid.worker import log_name, work_on
 
     if _is_sweep(given.name):
@@ -551,7 +552,8 @@ def worker(given: argparse.Namespace, overrides: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     path = made.save()
     log_path = str(options.setting_directory(made.setting) / "logs" / log_name())
-    trained = work_on(path, options, log_path=log_path, mirror=True)
+    together = int(os.environ.get(WORKERS) or 1)
+    trained = work_on(path, options, workers=together, log_path=log_path, mirror=True)
     screen.print(f"This worker trained {trained} arms.", markup=False)
     return 0
 

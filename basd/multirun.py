@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -16,12 +17,14 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from basd.compose import compose, register
 from basd.errors import UserError
 from basd.grid.display import make_console
+from basd.grid.options import WORKERS
 from basd.grid.single import train_one
 
 # In the environment, so that it reaches a job wherever a launcher runs it.
@@ -49,7 +52,7 @@ def job(_config: DictConfig) -> float:
 def check(overrides: Sequence[str]) -> None:
     """Compose the first job of a sweep, and every other value of each key beside it; `UserError` before anything runs.
 
-    Sweeps that cannot be listed (intervals) and Hydra's own settings are left to Hydra.
+    Of an interval both ends. Hydra's own settings are left to Hydra.
     """
     fixed: list[str] = []
     swept: list[list[str]] = []
@@ -58,8 +61,10 @@ def check(overrides: Sequence[str]) -> None:
             continue
         if not override.is_sweep_override():
             fixed.append(override.input_line or "")
-        elif override.is_discrete_sweep():
-            swept.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
+            continue
+        value = override.value()
+        ends = [str(value.start), str(value.end)] if isinstance(value, IntervalSweep) else None
+        swept.append([f"{override.key_or_group}={one}" for one in ends or override.sweep_string_iterator()])
     first = [values[0] for values in swept]
     compose([*fixed, *first])
     for place, values in enumerate(swept):
@@ -75,10 +80,21 @@ def multirun(overrides: Sequence[str], *, again: bool) -> int:
         raise UserError(f"{' '.join(str(error).split())}; write KEY=VALUE or KEY=A,B.") from error
     register()
     os.environ[AGAIN] = "1" if again else ""
-    sys.argv = ["basd train", "--multirun", *overrides]
+    sys.argv = ["basd train", "--multirun", *overrides, *_for_optuna(overrides)]
     statuses.clear()
     hydra.main(config_path="pkg://basd.conf", config_name="config")(job)()
     return max(statuses, default=0)
+
+
+def _for_optuna(overrides: Sequence[str]) -> list[str]:
+    """What Hydra's Optuna sweeper has to be told beside the command line; `UserError` where it is not installed."""
+    if "hydra/sweeper=optuna" not in overrides:
+        return []
+    if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        raise UserError("hydra/sweeper=optuna is not installed; run `pip install 'basd[clusters]'`, or use basd sweep.")
+    # a job returns its accuracy, which the sweeper would minimise
+    said = any(text.startswith("hydra.sweeper.direction=") for text in overrides)
+    return [] if said else ["hydra.sweeper.direction=maximize"]
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------
@@ -117,7 +133,7 @@ def start_workers(ablation: str, overrides: Sequence[str]) -> int:
     given = json.dumps(settings, ensure_ascii=False)
     sys.argv = ["basd worker", "--multirun", f"ablation={ablation}", f"settings={given}", *numbers, *hydras]
     with tempfile.TemporaryDirectory(prefix="basd-workers-") as folder:
-        os.environ[STATUSES] = folder
+        os.environ |= {STATUSES: folder, WORKERS: str(count)}
         hydra.main(config_path=None, config_name="basd_worker")(worker_job)()
         ended = [int(path.read_text()) for path in Path(folder).iterdir()]
     if len(ended) < count:

@@ -99,7 +99,8 @@ def load_ablation(name: str, *, may_take_over: bool = True) -> Ablation:
     """
     files = ablation_files()
     if name not in files:
-        raise UserError(f"{name} is not an ablation{suggest(name, files)}")
+        hint = f"; it is a sweep: basd sweep {name}." if name in named_files("sweeps") else suggest(name, files)
+        raise UserError(f"{name} is not an ablation{hint}")
     values = read_yaml(files[name], f"experiments/{name}.yaml")
     try:
         return _read(name, values, may_take_over)

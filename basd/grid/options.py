@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# In the environment of workers that were started together: how many, each of which takes its share of a cohort.
+WORKERS = "BASD_WORKERS"
 TRAINER = "basd.training.cohort:train_cohort"
 
 

@@ -1,0 +1,175 @@
+"""`basd sweep` as a user meets it: real processes and arms, killed in the middle, read by status, audit, report and MLflow."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from mlflow import MlflowClient
+from tiny import TINY
+
+# eight trials over four epochs on one process: who is left is then the same however often it is killed
+SWEEP = ["uwso", *TINY, "recipe.duration=4 epochs", "recipe.validate_every=1", "recipe.lr=0.01", "seeds=[0,1]", "trials=8",
+         "batch=4", "sampler.startup=3", "pruner.least_epochs=1", "runtime.processes=1", "losses.spectral.enabled=false",
+         "losses.attn.enabled=false"]  # fmt: skip
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def started(cwd: Path, cache: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "BASD_CACHE": str(cache), "COLUMNS": "160"}
+    command = [sys.executable, "-m", "basd", *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def basd(cwd: Path, cache: Path, *arguments: str) -> tuple[int, str]:
+    process = started(cwd, cache, *arguments)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("sweep")
+    status, output = basd(folder, cache, "sweep", *SWEEP)
+    assert status == 0, output
+    return folder, output
+
+
+def trials_of(folder: Path) -> list[tuple[Any, ...]]:
+    storage = f"sqlite:///{folder}/ledger.db"
+    (name,) = [one.study_name for one in optuna.get_all_study_summaries(storage) if " sweep uwso " in one.study_name]
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    return [(t.number, t.state.name, t.values, t.params, t.intermediate_values, t.user_attrs.get("reason")) for t in trials]
+
+
+def test_it_searches_and_reports(swept: tuple[Path, str]) -> None:
+    folder, output = swept
+    trials = trials_of(folder)
+    assert len(trials) == 8 and {state for _, state, *_ in trials} == {"COMPLETE", "PRUNED"}
+    assert trials[0][3] == {"weighting.temperature": 2.0, "weighting.scale": "first"}
+    assert "Best (trial" in output and "Traceback" not in output
+    reports = next((folder / "reports").iterdir())
+    assert {path.name for path in reports.iterdir()} >= {
+        "uwso.md", "uwso.trials.csv", "uwso.history.pdf", "uwso.history.png", "uwso.epochs.png", "uwso.slices.png"}  # fmt: skip
+
+
+def test_pruned_arms_end_where_they_were_left(swept: tuple[Path, str]) -> None:
+    import json
+
+    folder, _ = swept
+    ends = {}
+    for journal in folder.glob("runs/*/*/journal.jsonl"):
+        events = [json.loads(line) for line in journal.read_text().splitlines()]
+        steps = [event["step"] for event in events if "step" in event and event["metrics"]]
+        epoch = json.loads((journal.parent / "arm.json").read_text())["total_steps"] // 4
+        ends[journal.parent.name] = (events[-1]["end"], events[-1]["reason"], max(steps) / epoch)
+    left = [end for end in ends.values() if end[0] == "stopped"]
+    assert left, "something was pruned"
+    for _, reason, epochs in left:
+        assert f"after epoch {epochs:g} of 4" in reason
+
+
+def test_called_again_it_trains_nothing_and_writes_the_same_report(swept: tuple[Path, str], cache: Path) -> None:
+    folder, _ = swept
+    files = {path: path.read_bytes() for path in (folder / "reports").rglob("uwso.*")}
+    status, output = basd(folder, cache, "sweep", *SWEEP)
+    assert status == 0 and "Nothing to train" in output, output
+    assert {path: path.read_bytes() for path in (folder / "reports").rglob("uwso.*")} == files
+    status, output = basd(folder, cache, "report", "uwso")
+    assert status == 0 and "Best (trial" in output
+    assert {path: path.read_bytes() for path in (folder / "reports").rglob("uwso.*")} == files
+
+
+def test_status_audit_sync_and_plan_know_it(swept: tuple[Path, str], cache: Path) -> None:
+    folder, _ = swept
+    status, output = basd(folder, cache, "audit", "uwso")
+    assert status == 0 and "left by the sweep" in output and "nothing missing" in output, output
+    status, output = basd(folder, cache, "status", "uwso")
+    assert status == 0 and "left by the sweep" in output and "nobody is training" not in output
+    status, output = basd(folder, cache, "sync", *SWEEP)
+    assert status == 0 and "MLflow has everything." in output
+    status, output = basd(folder, cache, "plan", *SWEEP, "--no-probe")
+    assert status == 0 and "complete" in output and "weighting.temperature" in output
+
+
+def test_mlflow_nests_sweep_configurations_and_arms(swept: tuple[Path, str]) -> None:
+    folder, _ = swept
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=1000)
+    (sweep,) = [run for run in runs if run.data.tags.get("basd.sweep") == "uwso"]
+    assert sweep.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(sweep.info.run_id)} == {"figures", "uwso.md", "uwso.trials.csv"}
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == sweep.info.run_id]
+    arms = [run for run in runs if "basd.arm_key" in run.data.tags]
+    assert len(below) == 8
+    assert {run.data.tags["mlflow.parentRunId"] for run in arms} == {run.info.run_id for run in below}
+    complete = [trial for trial in trials_of(folder) if trial[1] == "COMPLETE"]
+    history = client.get_metric_history(sweep.info.run_id, "sweep/val/top1")
+    assert {point.step: point.value for point in history} == {number: values[0] for number, _, values, *_ in complete}
+    assert len(history) == len(complete), "called again, no point is sent twice"
+    pruned = [run for run in arms if run.info.status == "KILLED"]
+    assert pruned and all("left by hyperband" in run.data.tags["basd.reason"] for run in pruned)
+
+
+def test_killed_again_and_again_it_finds_the_same(swept: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
+    import psutil
+
+    moments = random.Random(0)
+    for _ in range(3):
+        process = started(tmp_path, cache, "sweep", *SWEEP)
+        limit = time.monotonic() + 60
+        # at first progress, then some moments later
+        while not list(tmp_path.glob("runs/*/*/journal.jsonl")) and time.monotonic() < limit:
+            time.sleep(0.1)
+        time.sleep(moments.uniform(0.5, 5.0))
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.send_signal(signal.SIGKILL)
+        process.kill()
+        process.communicate()
+    status, output = basd(tmp_path, cache, "sweep", *SWEEP)
+    assert status == 0, output
+    assert trials_of(tmp_path) == trials_of(swept[0])
+
+
+def test_hydras_sweeper_searches_by_hand(cache: Path, tmp_path: Path) -> None:
+    command = ["train", "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "+hydra.sweeper.sampler.seed=1", *TINY,
+               "recipe.duration=6 steps", "weighting=uwso"]  # fmt: skip
+    status, output = basd(tmp_path, cache, *command, "weighting.temperature=interval(0.5,4)")
+    assert status == 0 and "Directions: ['maximize']" in output, output
+    assert len(list(tmp_path.glob("runs/*/*/student.safetensors"))) == 3
+    status, output = basd(tmp_path, cache, *command, "weighting.temprature=interval(0.5,4)")
+    assert status == 2 and "temperature" in output and "Traceback" not in output
+    status, output = basd(tmp_path, cache, *command, "weighting.temperature=interval(-1,4)")
+    assert status == 2 and "at least" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep", "uws"], "did you mean uwso"),
+        (["sweep", "losses"], "basd grid losses"),
+        (["grid", "uwso"], "basd sweep uwso"),
+        (["sweep", "trials=3"], "needs the name of a sweep"),
+        (["sweep", "uwso", "metric=test/top1"], "the test set chooses nothing"),
+        (["sweep", "uwso", "recipe.duration=1 epochs", *TINY[:14]], "has nothing to decide on"),
+        (["audit", "uwso"], "run basd sweep uwso first"),
+        (["sync", "uwso"], "run basd sweep uwso first"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: list[str], said: str, cache: Path, tmp_path: Path) -> None:
+    status, output = basd(tmp_path, cache, *words)
+    assert status == 2 and said in output and "Traceback" not in output, output
+    assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))
