@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +178,8 @@ def teacher_progress(screen: Console, quiet: bool) -> TeacherProgress:
     return TeacherProgress(screen, quiet)
 
 
-def planned(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
-    """The plan of the named table under these overrides, with the options it runs under."""
+def planned(given: argparse.Namespace, overrides: list[str], screen: Console, **hooks: Any) -> tuple[Plan, GridOptions]:
+    """The plan of the named table under these overrides, with the options it runs under; `hooks` as of `make_plan`."""
     screen.print(f"Planning {given.name}.", markup=False)
     # below the line above: these imports take seconds
     from basd.grid.options import GridOptions
@@ -186,7 +187,7 @@ def planned(given: argparse.Namespace, overrides: list[str], screen: Console) ->
 
     progress = teacher_progress(screen, given.quiet)
     try:
-        plan = make_plan(given.name, overrides, progress)
+        plan = make_plan(given.name, overrides, progress, **hooks)
     finally:
         progress.close()
     for notice in plan.notices:
@@ -397,14 +398,25 @@ def worker(given: argparse.Namespace, overrides: list[str]) -> int:
         from basd.multirun import start_workers
 
         return start_workers(given.name, overrides)
+    from contextlib import ExitStack
+
+    from basd.grid.leases import leased
+    from basd.grid.options import GridOptions
     from basd.grid.worker import log_name, work_on
 
     screen = console(given.quiet)
-    made, options = planned(given, overrides, screen)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    path = made.save()
-    log_path = str(options.setting_directory(made.setting) / "logs" / log_name())
-    trained = work_on(path, options, log_path=log_path, mirror=True)
+    with ExitStack() as stack:
+
+        def lease(config: Any) -> None:
+            """Planning may fit a teacher: it has its GPU by then."""
+            said = partial(screen.print, markup=False)
+            stack.enter_context(leased(GridOptions.from_config(config), said))
+
+        made, options = planned(given, overrides, screen, before_device=lease)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        path = made.save()
+        log_path = str(options.setting_directory(made.setting) / "logs" / log_name())
+        trained = work_on(path, options, log_path=log_path, mirror=True)
     screen.print(f"This worker trained {trained} arms.", markup=False)
     return 0
 

@@ -16,12 +16,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basd.distributed import PeerLostError
 from basd.errors import DISK_FULL, TOO_MANY_ARMS, UserError, is_disk_full
+from basd.grid.leases import leased
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.room import Room
@@ -413,15 +415,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, default=None, help="stop when this process is gone")
     parser.add_argument("--log-directory", default="", help="where this process's output is kept")
     parser.add_argument("--mirror", action="store_true", help="send the journals to MLflow as well")
+    parser.add_argument("--leased", action="store_true", help="whoever started this process has handed it a GPU")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     log_path = str(Path(given.log_directory) / log_name()) if given.log_directory else ""
     try:
         options = GridOptions(**json.loads(given.options))
-        work_on(given.plan, options, workers=given.workers, parent=given.parent, log_path=log_path, mirror=given.mirror)
+        with nullcontext() if given.leased else leased(options, log.warning):
+            work_on(
+                given.plan,
+                options,
+                workers=given.workers,
+                parent=given.parent,
+                log_path=log_path,
+                mirror=given.mirror,
+            )
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while it waited for a GPU, where nothing was begun
+        return 130
     return 0
 
 
