@@ -1,8 +1,8 @@
 """GPU leases: on one machine each GPU is one worker's at a time.
 
 A lease is a lock on a file that belongs to a device; the kernel frees it when the process that has it ends, however it ends.
-Where `runtime.processes` asks for more workers than there are devices, each device has as many leases as that takes. Processes
-that torchrun started share out the devices by themselves and take no leases.
+Where `runtime.processes` asks for more workers than there are devices, each device has as many leases as that takes: such
+workers share it with whoever came first. Processes that torchrun started share out the devices by themselves, without leases.
 """
 
 from __future__ import annotations

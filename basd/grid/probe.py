@@ -36,8 +36,10 @@ WARM = 2  # steps before the clock counts: first allocations, and the diagnostic
 TIMED = 4
 # More steps than any probe makes, so that none of them ends an arm.
 ENDLESS = 10**6
-# Of a configuration of which two arms do not fit, as measuring one takes.
-NO_ROOM = "two arms of it do not fit side by side; lower recipe.batch_size, or try without measuring (--no-probe)"
+# Of a configuration that does not fit beside the arms that measuring it takes, though it may fit alone.
+NO_ROOM = (
+    "the arms that measure it do not fit side by side; lower recipe.batch_size, or leave measuring out (--no-probe)"
+)
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def _measure_cohort(leader: FrozenArm, arms: Sequence[FrozenArm], folder: Path, 
             trained,
             [folder / arm.arm_key for arm in trained],
             [NullRecorder() for _ in trained],
-            stop=lambda: clock.stop() or bool(crowded),
+            stop=lambda: clock.stop() or bool(crowded and len(arms) > 1),
             # nobody's: so that nothing is saved on leaving
             owned=lambda _key: False,
             progress=clock.progress,
