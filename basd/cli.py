@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,8 +184,8 @@ def teacher_progress(screen: Console, quiet: bool) -> TeacherProgress:
     return TeacherProgress(screen, quiet)
 
 
-def planned(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
-    """The plan of the named table under these overrides, with the options it runs under."""
+def planned(given: argparse.Namespace, overrides: list[str], screen: Console, **hooks: Any) -> tuple[Plan, GridOptions]:
+    """The plan of the named table under these overrides, with the options it runs under; `hooks` as of `make_plan`."""
     screen.print(f"Planning {given.name}.", markup=False)
     # below the line above: these imports take seconds
     from basd.grid.options import GridOptions
@@ -192,7 +193,7 @@ def planned(given: argparse.Namespace, overrides: list[str], screen: Console) ->
 
     progress = teacher_progress(screen, given.quiet)
     try:
-        plan = make_plan(given.name, overrides, progress)
+        plan = make_plan(given.name, overrides, progress, **hooks)
     finally:
         progress.close()
     for notice in plan.notices:
@@ -296,6 +297,7 @@ def grid(given: argparse.Namespace, overrides: list[str]) -> int:
 
 def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
     import time
+    from contextlib import nullcontext
 
     from basd.grid.display import duration
 
@@ -303,6 +305,7 @@ def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
     began = time.monotonic()
     screen.print(f"Planning {given.name}.", markup=False)
     # below the line above: these imports take seconds
+    from basd.grid.leases import leased
     from basd.grid.options import GridOptions
     from basd.grid.plan import Preparer
     from basd.grid.sweep import run_sweep
@@ -313,7 +316,8 @@ def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
     progress = teacher_progress(screen, given.quiet)
     here = given.command == "worker"
     try:
-        outcome = run_sweep(wanted, options, Preparer(progress), console=screen, quiet=given.quiet, here=here)
+        with leased(options, partial(screen.print, markup=False)) if here else nullcontext():
+            outcome = run_sweep(wanted, options, Preparer(progress), console=screen, quiet=given.quiet, here=here)
     finally:
         progress.close()
     for number, reason in outcome.failures.items():
@@ -542,18 +546,28 @@ def worker(given: argparse.Namespace, overrides: list[str]) -> int:
         from basd.multirun import start_workers
 
         return start_workers(given.name, overrides)
-    from basd.grid.options import WORKERS
-    from basd.grid.worker import log_name, work_on
-
     if _is_sweep(given.name):
         return sweep(given, overrides)
+    from contextlib import ExitStack
+
+    from basd.grid.leases import leased
+    from basd.grid.options import WORKERS, GridOptions
+    from basd.grid.worker import log_name, work_on
+
     screen = console(given.quiet)
-    made, options = planned(given, overrides, screen)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    path = made.save()
-    log_path = str(options.setting_directory(made.setting) / "logs" / log_name())
-    together = int(os.environ.get(WORKERS) or 1)
-    trained = work_on(path, options, workers=together, log_path=log_path, mirror=True)
+    with ExitStack() as stack:
+
+        def lease(config: Any) -> None:
+            """Planning may fit a teacher: it has its GPU by then."""
+            said = partial(screen.print, markup=False)
+            stack.enter_context(leased(GridOptions.from_config(config), said))
+
+        made, options = planned(given, overrides, screen, before_device=lease)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        path = made.save()
+        log_path = str(options.setting_directory(made.setting) / "logs" / log_name())
+        together = int(os.environ.get(WORKERS) or 1)
+        trained = work_on(path, options, workers=together, log_path=log_path, mirror=True)
     screen.print(f"This worker trained {trained} arms.", markup=False)
     return 0
 

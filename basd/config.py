@@ -49,7 +49,8 @@ class RuntimeConfig:
     # Processes that decode images beside each training process, for data on disk; 0: it does so itself, -1: as many as the
     # cores allow.
     workers: int = field(default=-1, metadata={"min": -1})
-    # Training processes that `basd grid` starts; 0: one per `threads` cores on CPU, one per GPU.
+    # Training processes that `basd grid` starts; 0: one per `threads` cores on CPU, one per GPU. Where there
+    # are more of them than GPUs, they share those.
     processes: int = field(default=0, metadata={"min": 0})
     # Most arms that train side by side on one teacher forward.
     cohort_size: int = field(default=16, metadata={"min": 1})

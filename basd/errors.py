@@ -9,6 +9,8 @@ class UserError(Exception):
 
 # Why an arm that found no room for its checkpoint or its record was given back.
 DISK_FULL = "the disk is full"
+# Why an arm was given back that found no memory beside the others of its cohort; alone it fails.
+TOO_MANY_ARMS = "memory is not enough for so many arms side by side; train fewer at a time"
 
 
 def is_disk_full(error: BaseException | None) -> bool:

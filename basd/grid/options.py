@@ -58,16 +58,13 @@ class GridOptions:
         return self.setting_directory(setting) / key
 
     def devices(self) -> list[str]:
-        """The CUDA devices to give one worker each; empty on CPU."""
+        """The CUDA devices that workers choose from; empty on CPU."""
         # a device named by its number is used as it is, by one worker
         if self.device == "cpu" or self.device.startswith("cuda:"):
             return []
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is not None and self.device in ("auto", "cuda"):
-            return [name for name in visible.split(",") if name and name != "-1"]
-        import torch
+        from basd.grid.leases import visible_devices
 
-        return [str(i) for i in range(torch.cuda.device_count())]
+        return [device.entry for device in visible_devices()]
 
     def workers(self, devices: int) -> int:
         """How many worker processes to start."""

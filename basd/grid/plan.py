@@ -330,8 +330,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 
-def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int, int], None] | None = None) -> Plan:
-    """Expand an ablation into frozen arms. Every row is composed and checked before the teacher is touched."""
+def make_plan(
+    name: str,
+    overrides: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    before_device: Callable[[Config], object] = lambda _config: None,
+) -> Plan:
+    """Expand an ablation into frozen arms. Every row is composed and checked before the teacher is touched.
+
+    `before_device` gets the reference's configuration before anything looks at the device that it is trained on.
+    """
     ablation = load_ablation(name)
     options, base = split_overrides(overrides)
     if any(text.partition("=")[0] == "setting" for text in overrides):
@@ -372,6 +381,7 @@ def make_plan(name: str, overrides: Sequence[str] = (), progress: Callable[[int,
             composed[row.name, seed] = dataclasses.replace(one, config=dataclasses.replace(one.config, seed=seed))
     if problems:
         raise UserError("\n".join(problems))
+    before_device(composed[ablation.reference, seeds[0]].config)
     for cell in composed.values():
         check_device(cell.config)
     preparer = Preparer(progress)

@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from basd.config import FrozenArm, digest, from_dict
+from basd.errors import TOO_MANY_ARMS
 from basd.grid.options import GridOptions
 from basd.training import random_streams as streams
-from basd.training.arm import EVALUATION_BATCH
+from basd.training.arm import EVALUATION_BATCH, TrainingArm
 from basd.training.cohort import ArmResult, Cohort
 from basd.training.device import choose_device, cpu_threads
 from basd.training.memory import peak_bytes
@@ -35,6 +36,10 @@ WARM = 2  # steps before the clock counts: first allocations, and the diagnostic
 TIMED = 4
 # More steps than any probe makes, so that none of them ends an arm.
 ENDLESS = 10**6
+# Of a configuration that does not fit beside the arms that measuring it takes, though it may fit alone.
+NO_ROOM = (
+    "the arms that measure it do not fit side by side; lower recipe.batch_size, or leave measuring out (--no-probe)"
+)
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,17 @@ def _measure_structure(arms: Sequence[FrozenArm], folder: Path, failed: dict[str
     leader = max(arms, key=lambda arm: len(from_dict(arm.config).enabled))
     size = int(leader.config["runtime"]["cohort_size"])
     parts: list[Costs] = []
-    for start in range(0, len(arms), size):
-        part = _measure_cohort(leader, arms[start : start + size], folder, failed)
+    waiting = list(arms)
+    while waiting:
+        try:
+            part = _measure_cohort(leader, waiting[:size], folder, failed)
+        except _CrowdedError:
+            size = max(1, min(size, len(waiting)) // 2)
+            continue
         if part is None:
             return None
         parts.append(part)
+        waiting = waiting[size:]
     # the cohort that used most beside what its arms hold
     most = max(parts, key=lambda part: (part.peak or 0) - part.held_then)
     return dataclasses.replace(
@@ -188,15 +199,26 @@ class _Clock:
         return statistics.median(self.seconds[key][WARM:])
 
 
+class _CrowdedError(Exception):
+    """Fewer arms may find the room that these did not."""
+
+
 def _measure_cohort(leader: FrozenArm, arms: Sequence[FrozenArm], folder: Path, failed: dict[str, str]) -> Costs | None:
     """One cohort: the leader, its twin, whose time is the leader's without T, and the other arms."""
     twins = {arm.configuration_key: arm for arm in (leader, *arms)}
     trained = [_throwaway(leader, "leader"), *(_throwaway(arm, key) for key, arm in twins.items())]
     clock = _Clock(choose_device(leader.config["runtime"]["device"]), WARM + TIMED)
+    built: dict[str, TrainingArm] = {}
+    ended: dict[str, str] = {}
+    crowded: list[str] = []
 
     def finished(result: ArmResult) -> None:
-        if result.status == "failed" and result.arm_key in twins:
-            failed[result.arm_key] = result.reason
+        if result.reason == TOO_MANY_ARMS:
+            crowded.append(result.arm_key)
+            # its memory goes to the others
+            built.pop(result.arm_key, None)
+        elif result.status == "failed" and result.arm_key in twins:
+            ended[result.arm_key] = result.reason
 
     with cpu_threads(int(leader.config["runtime"]["threads"])):
         began = clock.now()
@@ -204,15 +226,21 @@ def _measure_cohort(leader: FrozenArm, arms: Sequence[FrozenArm], folder: Path, 
             trained,
             [folder / arm.arm_key for arm in trained],
             [NullRecorder() for _ in trained],
-            stop=clock.stop,
+            stop=lambda: clock.stop() or bool(crowded and len(arms) > 1),
             # nobody's: so that nothing is saved on leaving
             owned=lambda _key: False,
             progress=clock.progress,
             finished=finished,
         )
         setup = clock.now() - began
-        built = {member.frozen.arm_key: member.arm for member in cohort.members}
+        built.update({member.frozen.arm_key: member.arm for member in cohort.members})
         cohort.run()
+        if crowded and len(arms) > 1:
+            raise _CrowdedError
+        ended |= {leader.configuration_key if key == "leader" else key: NO_ROOM for key in crowded}
+        failed.update(ended)
+        if leader.configuration_key in failed:
+            return None
         images = cohort.splits.validation
         sample = images.subset(torch.arange(min(EVALUATION_BATCH, len(images))))
         evaluation: dict[str, float] = {}
@@ -224,8 +252,6 @@ def _measure_cohort(leader: FrozenArm, arms: Sequence[FrozenArm], folder: Path, 
             evaluation[key] = (clock.now() - began) / len(sample)
         peak = peak_bytes(cohort.device)
         held = {key: built[key].held_bytes() for key in ("leader", *evaluation) if key in built}
-    if leader.configuration_key in failed:
-        return None
     # the cohort tells of each part of a step
     step = {key: clock.median(key) * cohort.accumulation for key in evaluation}
     return Costs(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from basd import distributed
 from basd.errors import UserError
+from basd.grid import leases
 from basd.grid.display import Display, data_wait, steps_done
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
@@ -70,54 +71,65 @@ class Workers:
 
     def __init__(self, plan_path: Path, options: GridOptions, logs: Path) -> None:
         self.options, self.logs, self._plan = options, logs, plan_path
-        self.devices = options.devices() if options.processes != 1 else []
-        self.limit = options.workers(len(self.devices))
+        self.limit = options.workers(len(options.devices()) if options.processes != 1 else 0)
         self.started = self.deaths = 0
-        self._running: dict[int, subprocess.Popen[bytes]] = {}  # slot -> process
+        self._running: dict[int, subprocess.Popen[bytes]] = {}  # by process id
         self.last_death = ""
 
     def __len__(self) -> int:
         return len(self._running)
 
     def start(self) -> None:
-        """Start one more worker in a free slot; its output goes to a log named after it."""
+        """Start one more worker, on a free GPU where it uses one; its output goes to a log named after it.
+
+        `LeasedError` where other workers have every GPU.
+        """
         from basd.data.feed import TRAINERS
 
-        slot = next(i for i in range(self.limit) if i not in self._running)
+        # taken here and handed over: which device a worker gets, and whether there is one, is known before it starts
+        lease = leases.take(self.options)
         self.logs.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = str(self.options.threads)
         # what the cores are shared by
         environment[TRAINERS] = str(self.limit)
-        if self.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+        if lease is not None and not leases.names_device(self.options):
+            environment["CUDA_VISIBLE_DEVICES"] = lease.device.entry
         command = [sys.executable, "-m", "basd.grid.worker", "--plan", str(self._plan)]
         command += ["--options", json.dumps(self.options.to_dict()), "--workers", str(self.limit)]
         command += ["--parent", str(os.getpid()), "--log-directory", str(self.logs)]
+        command += ["--leased"] if lease is not None else []
         nameless = self.logs / f"worker-{uuid.uuid4().hex}.log"
-        with open(nameless, "ab") as log:
-            # a session of its own: Ctrl-C at the terminal reaches this process alone, which then asks the workers
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-            )
+        try:
+            with open(nameless, "ab") as log:
+                # a session of its own: Ctrl-C at the terminal reaches this process alone, which then asks the workers
+                process = subprocess.Popen(
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=[lease.lock.fileno()] if lease is not None else [],
+                )
+            if lease is not None:
+                lease.sign(process.pid)
+        finally:
+            if lease is not None:
+                lease.release()
         os.replace(nameless, self._log_of(process))
-        self._running[slot] = process
+        self._running[process.pid] = process
         self.started += 1
 
     def gone(self) -> list[str]:
         """Forget workers that have ended; returns one sentence for each that did not end well."""
         sentences = []
-        for slot, process in list(self._running.items()):
+        for pid, process in list(self._running.items()):
             status = process.poll()
             if status is None:
                 continue
-            del self._running[slot]
+            del self._running[pid]
             if status:
                 self.deaths += 1
                 how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -212,7 +224,11 @@ def run_grid(
         if here or distributed.world() > 1:
             _work_here(plan, options, ledger, outcome, console, quiet)
         else:
-            _work(plan, options, ledger, plan_path, outcome, console, quiet)
+            try:
+                _work(plan, options, ledger, plan_path, outcome, console, quiet)
+            except UserError:
+                mirror.close()
+                raise
     _settle(plan, options, ledger, mirror, outcome, before)
     outcome.wall_seconds = time.monotonic() - began
     return outcome
@@ -298,7 +314,7 @@ def _work_here(
 
 def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, display: Display) -> None:
     keys = list(plan.arms)
-    trouble = ""
+    trouble, leased = "", False
     while True:
         try:
             for sentence in workers.gone():
@@ -323,8 +339,15 @@ def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, di
                 display.say(f"No worker stays alive: {workers.last_death}")
                 return
         elif waiting and len(workers) < min(workers.limit, waiting + running):
-            workers.start()
-            continue
+            try:
+                workers.start()
+                continue
+            except leases.LeasedError as error:  # it starts one as soon as a device gets free
+                if leases.names_device(options) and not len(workers):
+                    raise
+                if not len(workers) and not leased:
+                    display.say(f"{error}; waiting for the first that gets free.")
+                leased = True
         time.sleep(POLL)
 
 

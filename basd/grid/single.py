@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from basd.compose import compose, overridden_keys, setting_name
+from basd.compose import Composed, compose, overridden_keys, setting_name
 from basd.config import FrozenArm, remarks, without_effect
 from basd.errors import DISK_FULL, UserError
 from basd.grid.display import Display, duration
+from basd.grid.leases import leased
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.plan import freeze, prepare
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
 
 
 def frozen_arm(
-    overrides: Sequence[str], teacher_progress: Callable[[int, int], None] | None = None
+    composed: Composed, overrides: Sequence[str], teacher_progress: Callable[[int, int], None] | None = None
 ) -> tuple[FrozenArm, list[str]]:
-    """The arm that a command line describes, and notices about overrides that change nothing."""
-    composed = compose(overrides)
+    """The arm that a command line, composed, describes, and notices about overrides that change nothing."""
     setting = setting_name(overrides)
     check_device(composed.config)
     notices = [*without_effect(composed.config, overridden_keys(overrides)), *remarks(composed.config)]
@@ -45,7 +45,21 @@ def train_one(
     teacher_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[int, dict[str, float]]:
     """Train one arm and print its accuracies; returns the exit status and the arm's final metrics."""
-    arm, notices = frozen_arm(overrides, teacher_progress)
+    composed = compose(overrides)
+    with leased(GridOptions.from_config(composed.config), lambda text: screen.print(text, markup=False)):
+        return _train_here(composed, overrides, screen, again, quiet, teacher_progress)
+
+
+def _train_here(
+    composed: Composed,
+    overrides: Sequence[str],
+    screen: Console,
+    again: bool,
+    quiet: bool,
+    teacher_progress: Callable[[int, int], None] | None,
+) -> tuple[int, dict[str, float]]:
+    """`train_one` on the device that this process has."""
+    arm, notices = frozen_arm(composed, overrides, teacher_progress)
     options = GridOptions.from_config(arm.config)
     for notice in notices:
         screen.print(f"Note: {notice}.", markup=False)

@@ -16,13 +16,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basd.distributed import PeerLostError
-from basd.errors import DISK_FULL, UserError, is_disk_full
+from basd.errors import DISK_FULL, TOO_MANY_ARMS, UserError, is_disk_full
+from basd.grid.leases import leased
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
+from basd.grid.room import Room
 from basd.tracking.files import FileLock, read_json, write_json, write_text
 from basd.tracking.journal import Journal, last_event
 
@@ -96,14 +100,15 @@ class Progress:
 
 
 class _Watched:
-    """A recorder whose metrics a progress file takes note of on the way."""
+    """A recorder whose metrics others take note of on the way."""
 
-    def __init__(self, recorder: Recorder, progress: Progress) -> None:
-        self._recorder, self._progress = recorder, progress
+    def __init__(self, recorder: Recorder, *notes: Callable[[Mapping[str, float]], None]) -> None:
+        self._recorder, self._notes = recorder, notes
         self.flush, self.rewind = recorder.flush, recorder.rewind
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._progress.measured(values)
+        for note in self._notes:
+            note(values)
         self._recorder.metrics(step, values)
 
 
@@ -133,6 +138,7 @@ class Worker:
         self._train = train
         self._blocked: dict[str, float] = {}  # arms whose directory another process holds -> when to look again
         self._no_room = False  # an arm was given back because the disk is full
+        self._memory = Room(options.cohort_size, self._available)
         self._unsaid: list[Callable[[], object]] = []  # what the ledger could not be told yet
 
     def work(self) -> int:
@@ -156,10 +162,16 @@ class Worker:
         self.ledger.reap_stale(list(self.arms))
         now = time.monotonic()
         free = [key for key in self.arms if self._blocked.get(key, 0.0) <= now]
-        claimed = self.ledger.claim(free, self.options.cohort_size, workers=self.workers)
+        claimed = self.ledger.claim(free, self._memory.arms(), workers=self.workers)
         return claimed, not claimed and any(
             state.state == "waiting" for state in self.ledger.arms(list(self.arms)).values()
         )
+
+    def _available(self) -> int | None:
+        from basd.training.device import choose_device
+        from basd.training.memory import available_bytes
+
+        return available_bytes(choose_device(self.options.device))
 
     def _next_patiently(self) -> tuple[list[str], bool]:
         """`_next`, asked again while the ledger does not answer: its server may be starting, its disk full for a while."""
@@ -205,16 +217,22 @@ class Worker:
                 if result.arm_key in open_keys:
                     open_keys.discard(result.arm_key)
                     self._no_room = self._no_room or result.reason == DISK_FULL
+                    if result.reason == TOO_MANY_ARMS:
+                        self._memory.crowded(len(cohort))
                     self._mark(result.arm_key, journals[result.arm_key], result.status, result.metrics, result.reason)
 
             bars = {key: Progress(self._directory(key)) for key in cohort}
+            self._memory.begin()
             log.info("training %d arms: %s", len(cohort), ", ".join(cohort))
             try:
                 train = self._train or load_trainer(self.options.trainer)
                 results = train(
                     [self.arms[key] for key in cohort],
                     [self._directory(key) for key in cohort],
-                    [_Watched(journals[key], bars[key]) for key in cohort],
+                    [
+                        _Watched(journals[key], bars[key].measured, partial(self._memory.measured, key))
+                        for key in cohort
+                    ],
                     stop=self.stop,
                     owned=self.ledger.owned,
                     progress=lambda key, step, total: bars[key](step, total),
@@ -430,15 +448,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, default=None, help="stop when this process is gone")
     parser.add_argument("--log-directory", default="", help="where this process's output is kept")
     parser.add_argument("--mirror", action="store_true", help="send the journals to MLflow as well")
+    parser.add_argument("--leased", action="store_true", help="whoever started this process has handed it a GPU")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     log_path = str(Path(given.log_directory) / log_name()) if given.log_directory else ""
     try:
         options = GridOptions(**json.loads(given.options))
-        work_on(given.plan, options, workers=given.workers, parent=given.parent, log_path=log_path, mirror=given.mirror)
+        with nullcontext() if given.leased else leased(options, log.warning):
+            work_on(
+                given.plan,
+                options,
+                workers=given.workers,
+                parent=given.parent,
+                log_path=log_path,
+                mirror=given.mirror,
+            )
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while it waited for a GPU, where nothing was begun
+        return 130
     return 0
 
 

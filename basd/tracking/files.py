@@ -25,6 +25,11 @@ class FileLock:
         """True while this object holds the lock."""
         return self._descriptor is not None
 
+    def fileno(self) -> int:
+        """The descriptor of a held lock; a child that inherits it holds the lock as well, until both have closed it."""
+        assert self._descriptor is not None, "the lock is not held"
+        return self._descriptor
+
     def acquire(self, timeout: float | None = None) -> bool:
         """Take the lock; wait for ever (None) or `timeout` seconds (0: one try). Returns whether it is held."""
         if self.held:

@@ -27,7 +27,7 @@ from basd.data.disk import DiskImages
 from basd.data.feed import worker_count
 from basd.data.images import Splits, epoch_order, fingerprint
 from basd.distributed import local_rows, rank, world
-from basd.errors import DISK_FULL, UserError, is_disk_full
+from basd.errors import DISK_FULL, TOO_MANY_ARMS, UserError, is_disk_full
 from basd.models.teacher import Teacher
 from basd.objective import demands
 from basd.training import random_streams as streams
@@ -156,7 +156,7 @@ class Cohort:
             except distributed.PeerLostError:
                 raise
             except Exception as error:
-                self._finish(self._failure(error, frozen.arm_key, config, len(arms)))
+                self._finish(self._failure(error, frozen.arm_key, config, len(self.members) + 1))
 
     def _start(self, frozen: FrozenArm, config: Config, directory: Path, recorder: Recorder) -> _Member:
         shape = self.teacher.shape if self.teacher else None
@@ -198,8 +198,16 @@ class Cohort:
 
     def run(self) -> list[ArmResult]:
         """Train until no arm is left; returns the results in the order in which the arms ended."""
-        for _ in self.steps():
-            pass
+        try:
+            for _ in self.steps():
+                pass
+        except Exception as error:
+            # what a step shares found no room beside the arms; processes of torchrun must not part here
+            if world() > 1 or len(self.members) < 2 or not is_out_of_memory(error):
+                raise
+            left, self.members = self.members, []
+            for member in left:
+                self._finish(self._failure(error, member.frozen.arm_key, member.config, len(left)))
         return self.results
 
     def steps(self) -> Generator[int, None, None]:
@@ -290,29 +298,29 @@ class Cohort:
                 remove_checkpoints(member.directory)
 
     def _failure(self, error: Exception, key: str, config: Config, arms: int) -> ArmResult:
-        """The end of an arm by an error. A full disk is none of its own: it goes on from its checkpoint where there is room."""
-        if is_disk_full(error):
-            log.warning("arm %s is left: %s", key, DISK_FULL)
-            return ArmResult(key, "stopped", reason=DISK_FULL)
-        reason = self._reason(error, config, arms)
+        """The end of an arm by an error, `arms` being held in memory. What is none of its own stops it only: a full disk, or
+        memory that others have; it goes on from its checkpoint where there is room."""
+        room = DISK_FULL if is_disk_full(error) else TOO_MANY_ARMS if arms > 1 and is_out_of_memory(error) else None
+        if room is not None:
+            log.warning("arm %s is left: %s", key, room)
+            return ArmResult(key, "stopped", reason=room)
+        reason = self._reason(error, config)
         expected = isinstance(error, UserError | NonFiniteLossError) or is_out_of_memory(error)
         log.error("arm %s failed: %s", key, reason, exc_info=None if expected else error)
         return ArmResult(key, "failed", reason=reason)
 
-    def _reason(self, error: BaseException, config: Config, arms: int) -> str:
-        """One sentence about what ended an arm. `arms` were held in memory, this one among them."""
+    def _reason(self, error: BaseException, config: Config) -> str:
+        """One sentence about what ended an arm."""
         if not is_out_of_memory(error):
             return reason_of(error)
-        held = [member.arm.held_bytes() for member in self.members]
-        fixed = sum(held) + (bytes_of(self.teacher.model.parameters()) if self.teacher else 0)
+        held = sum(member.arm.held_bytes() for member in self.members)
+        fixed = held + (bytes_of(self.teacher.model.parameters()) if self.teacher else 0)
         return out_of_memory(
             error,
             self.device,
             precision=choose_precision(config.runtime.precision, self.device),
             batch_size=self.batch_size,
             accumulation=self.accumulation,
-            arms=arms,
-            held=max(held, default=0),
             fixed=fixed,
         )
 
@@ -345,6 +353,7 @@ class Cohort:
         peak = peak_bytes(self.device)
         if peak is not None:
             values["system/peak_megabytes"] = peak / 1e6
+        values["system/held_megabytes"] = arm.held_bytes() / 1e6
         if self.may_skip:
             values["data/corrupt"] = distributed.total(float(member.corrupt))
             member.corrupt = 0

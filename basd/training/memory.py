@@ -93,6 +93,17 @@ def total_bytes(device: torch.device) -> int | None:
     return int(psutil.virtual_memory().total)
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """The most that this process could hold on the device: what is free there and what it has already; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
 def gibibytes(count: float) -> str:
     """Bytes for people: "11.3 GiB", "240 MiB"."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
@@ -117,14 +128,12 @@ def out_of_memory(
     precision: str,
     batch_size: int,
     accumulation: int,
-    arms: int,
-    held: int = 0,
     fixed: int = 0,
 ) -> str:
-    """One sentence: what was needed, what there is, and which settings to change.
+    """One sentence about an arm that does not fit alone: what was needed, what there is, and which settings to change.
 
-    `arms` lay side by side, each with `held` bytes of state; `fixed` bytes in all do not grow with the batch. What another
-    setting would need follows from the least that this one did: the state stays, the rest is in proportion to the batch.
+    `fixed` bytes do not grow with the batch. What a smaller one would need follows from the least that this one did: the
+    state stays, the rest is in proportion to the batch.
     """
     peak, total = peak_bytes(device), total_bytes(device)
     need = peak + asked_bytes(error) if peak is not None else None
@@ -132,18 +141,13 @@ def out_of_memory(
     if need is not None and total is not None:
         figures = f" ({gibibytes(need)} or more are needed, {device} has {gibibytes(total)})"
 
-    def would_need(count: float) -> str:
-        return f"; it would need about {gibibytes(count)}" if need is not None else ""
-
     ways = []
-    if arms > 1:
-        fewer = max(1, arms // 2)
-        predicted = would_need(need - (arms - fewer) * held) if need is not None else ""
-        ways.append(f"runtime.cohort_size={fewer} ({arms} arms lay side by side{predicted})")
     if precision == "fp32" and device.type == "cuda":
         ways.append("runtime.precision=bf16")
     smaller = max(2, batch_size // 2)
-    predicted = would_need(fixed + max(0, need - fixed) * smaller / batch_size) if need is not None else ""
+    predicted = ""
+    if need is not None:
+        predicted = f"; it would need about {gibibytes(fixed + max(0, need - fixed) * smaller / batch_size)}"
     ways.append(f"recipe.batch_size={smaller} (now {batch_size}{predicted})")
     ways.append(f"recipe.accumulation={2 * accumulation}, which halves what a step holds of the batch")
     return f"out of memory{figures}: set {', or '.join(ways)}."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from basd.grid import plan as plan_module
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.plan import Preparer, make_plan
-from basd.grid.probe import TIMED, WARM, Costs, Probe, measure, predict, structure_of
+from basd.grid.probe import NO_ROOM, TIMED, WARM, Costs, Probe, measure, predict, structure_of
 from basd.objective import Objective
 from basd.training.arm import TrainingArm
 
@@ -97,6 +99,33 @@ def test_more_configurations_than_a_cohort_holds(tiny_arm: Make, tmp_path: Path,
     arms = [tiny_arm("method=ce", f"recipe.lr=0.00{n}", "runtime.cohort_size=2") for n in (1, 2, 3)]
     (costs,) = measure(arms).costs.values()
     assert set(costs.step) == {arm.configuration_key for arm in arms}
+
+
+def test_a_cohort_that_does_not_fit_is_measured_in_parts(tiny_arm: Make, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arms = [tiny_arm("method=ce", f"recipe.lr=0.00{n}") for n in (1, 2, 3, 4)]
+    alive: weakref.WeakSet[TrainingArm] = weakref.WeakSet()
+    room = [3]
+    step = TrainingArm.train_step
+
+    def limited(self, *arguments):
+        alive.add(self)
+        if len(alive) > room[0]:
+            raise torch.OutOfMemoryError
+        return step(self, *arguments)
+
+    monkeypatch.setattr(TrainingArm, "train_step", limited)
+    monkeypatch.setattr("basd.training.cohort.WORTH_COLLECTING", 0)
+    probe = measure(arms)
+    assert probe.failed == {}
+    (costs,) = probe.costs.values()
+    assert set(costs.step) == set(costs.held) == {arm.configuration_key for arm in arms}
+    # the leader and its twin alone; not even those
+    for room[0], measured in ((2, 1), (1, 0)):
+        gc.collect()
+        probe = measure(arms)
+        assert sum(len(costs.step) for costs in probe.costs.values()) == measured
+        assert list(probe.failed.values()) == [NO_ROOM] * (4 - measured)
 
 
 def test_a_configuration_that_fails_is_told_and_the_others_are_measured(

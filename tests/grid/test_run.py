@@ -29,14 +29,6 @@ from basd.tracking.mlflow_store import open_client
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow store; making one takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def options(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> GridOptions:
     shutil.copy(store, tmp_path / "mlflow.db")

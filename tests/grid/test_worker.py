@@ -12,11 +12,12 @@ import pytest
 from grid_fakes import SETTING, make_arm
 
 from basd.config import FrozenArm
-from basd.errors import DISK_FULL, UserError
+from basd.errors import DISK_FULL, TOO_MANY_ARMS, UserError
 from basd.grid import worker as worker_module
 from basd.grid.display import data_wait, said_of
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
+from basd.grid.room import Room
 from basd.grid.worker import Worker
 from basd.tracking.files import FileLock
 from basd.tracking.journal import Journal, last_event, read_events
@@ -257,3 +258,78 @@ def test_a_ledger_that_does_not_answer_for_a_while_is_asked_again(
     left[0] = 3
     with pytest.raises(UserError, match="starting up"):
         bench.work()
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cohort_that_does_not_fit_is_halved_and_no_arm_loses_a_retry(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(tmp_path, [make_arm(row, 0) for row in range(8)], retries=0)
+    sizes = []
+
+    def train(arms: Any, directories: Any, recorders: Any, **callbacks: Any) -> Any:
+        sizes.append(len(arms))
+        # room for three
+        left = [ArmResult(arm.arm_key, "stopped", reason=TOO_MANY_ARMS) for arm in arms[3:]]
+        return left + list(grid_fakes.train_cohort(arms[:3], directories[:3], recorders[:3], **callbacks))
+
+    assert bench.work(train) == 8
+    assert sizes == [8, 4, 2]
+    assert {(state.state, state.retries) for state in bench.ledger().arms(bench.keys).values()} == {("complete", 0)}
+    said = [record.message for record in caplog.records if "memory is not enough for" in record.message]
+    assert said == [
+        f"memory is not enough for {n} arms side by side; taking at most {n // 2} from now on" for n in (8, 4)
+    ]
+
+
+def test_arms_of_which_none_fits_fail_alone_in_the_end(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [make_arm(row, 0) for row in range(5)], retries=1)
+    sizes = []
+
+    def train(arms: Any, *_: Any, **callbacks: Any) -> Any:
+        sizes.append(len(arms))
+        status, reason = ("failed", "out of memory") if len(arms) == 1 else ("stopped", TOO_MANY_ARMS)
+        return [ArmResult(arm.arm_key, status, reason=reason) for arm in arms]
+
+    assert bench.work(train) == 0
+    assert sizes == [5, 2, *[1] * 10]  # each twice: once tried again
+    assert {state.reason for state in bench.ledger().arms(bench.keys).values()} == {"out of memory"}
+
+
+def test_what_a_cohort_held_bounds_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    free = 1000.0
+    room = Room(16, lambda: int(free * 1e6))
+    assert room.arms() == 16  # nothing is known yet
+    room.begin()
+    for key, held in (("a", 100.0), ("b", 50.0)):
+        room.measured(key, {"time/step": 1.0})
+        room.measured(key, {"system/peak_megabytes": 450.0, "system/held_megabytes": held})
+    # 300 are shared, an arm may hold 100
+    assert room.arms() == 7
+    assert "free memory has room for 7 arms" in caplog.text
+    free = 100.0
+    assert room.arms() == 1
+    free = 1e6
+    assert room.arms() == 16
+    room.crowded(9)
+    assert room.arms() == 4
+    room.crowded(16)
+    assert room.arms() == 4
+    assert Room(3, lambda: None).arms() == 3
+
+
+def test_measured_memory_reaches_the_next_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("basd.training.memory.available_bytes", lambda device: 400 * 10**6)
+    bench = Bench(tmp_path, [make_arm(0, 0), *(make_arm(row, 1) for row in range(4))], device="cpu")
+    sizes = []
+
+    def train(arms: Any, directories: Any, recorders: Any, **callbacks: Any) -> Any:
+        sizes.append(len(arms))
+        for recorder in recorders:
+            recorder.metrics(0, {"system/peak_megabytes": 200.0 + 100.0 * len(arms), "system/held_megabytes": 100.0})
+        return grid_fakes.train_cohort(arms, directories, recorders, **callbacks)
+
+    assert bench.work(train) == 5
+    assert sizes == [1, 2, 2]  # 200 are shared

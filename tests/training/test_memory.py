@@ -13,11 +13,16 @@ import torch
 from tiny import MemoryRecorder, same_bits, state_of
 
 from basd.config import FrozenArm
-from basd.errors import UserError
+from basd.errors import TOO_MANY_ARMS, UserError
+from basd.grid.ledger import Ledger
+from basd.grid.options import GridOptions
+from basd.grid.worker import Worker
 from basd.models.student import TappedStudent
 from basd.models.teacher import Teacher
+from basd.tracking.journal import read_events
 from basd.training import memory
 from basd.training.arm import TrainingArm
+from basd.training.batches import StepBatch
 from basd.training.cohort import train_cohort
 from basd.training.memory import asked_bytes, bytes_of, gibibytes, is_out_of_memory, out_of_memory
 
@@ -136,7 +141,7 @@ def test_bytes_are_counted_once() -> None:
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError(CUDA_MESSAGE), RuntimeError(CPU_MESSAGE)], ids=["cuda", "cpu"]
 )
-def test_an_arm_that_does_not_fit_says_what_to_change_and_the_others_go_on(
+def test_an_arm_that_finds_no_room_beside_others_is_left_and_they_go_on(
     error: Exception, tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = [tiny_arm("recipe.duration=3 steps"), tiny_arm("method=ce", "recipe.duration=3 steps")]
@@ -150,29 +155,99 @@ def test_an_arm_that_does_not_fit_says_what_to_change_and_the_others_go_on(
 
     monkeypatch.setattr(TrainingArm, "train_step", failing)
     (_, other), results = train(arms, tmp_path / "both")
-    assert [(result.status, result.arm_key) for result in results] == [
-        ("failed", arms[0].arm_key),
-        ("complete", arms[1].arm_key),
+    assert [(result.status, result.arm_key, result.reason) for result in results] == [
+        ("stopped", arms[0].arm_key, TOO_MANY_ARMS),
+        ("complete", arms[1].arm_key, ""),
     ]
-    reason = results[0].reason
-    assert reason.startswith("out of memory (")
-    assert "\n" not in reason
-    assert "runtime.cohort_size=1 (2 arms lay side by side" in reason
-    assert "recipe.batch_size=100 (now 200" in reason
-    assert "recipe.accumulation=2" in reason
     assert other.results == expected.results
     key = arms[1].arm_key
     assert same_bits(state_of(tmp_path / "both" / key), state_of(tmp_path / "alone" / key))
 
 
-def test_alone_the_cohort_is_not_to_blame(tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_that_does_not_fit_alone_says_what_to_change(
+    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(self, batch, teacher):
         raise RuntimeError(CPU_MESSAGE)
 
     monkeypatch.setattr(TrainingArm, "train_step", failing)
-    _, (result,) = train([tiny_arm("method=ce", "recipe.accumulation=2")], tmp_path)
-    assert "cohort_size" not in result.reason
-    assert "recipe.accumulation=4" in result.reason
+    arms = [tiny_arm("method=ce", "recipe.accumulation=2", f"recipe.lr=0.00{n}") for n in (1, 2, 3)]
+    _, results = train(arms, tmp_path)
+    # each leaves the memory to the next; the last one has it all
+    assert [result.status for result in results] == ["stopped", "stopped", "failed"]
+    reason = results[-1].reason
+    assert reason.startswith("out of memory (")
+    assert "\n" not in reason
+    assert "recipe.batch_size=100 (now 200" in reason
+    assert "recipe.accumulation=4" in reason
+
+
+def test_where_nothing_else_is_held_the_first_arm_that_cannot_be_built_has_failed(
+    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = [tiny_arm("method=ce", f"recipe.lr=0.00{n}", "recipe.duration=1 steps") for n in (1, 2, 3)]
+    build = TrainingArm.__init__
+
+    def failing(self, config, *arguments):
+        if config.recipe.lr != 0.002:
+            raise torch.OutOfMemoryError(CUDA_MESSAGE)
+        build(self, config, *arguments)
+
+    monkeypatch.setattr(TrainingArm, "__init__", failing)
+    _, results = train(arms, tmp_path)
+    assert [result.status for result in results] == ["failed", "stopped", "complete"]
+    assert results[1].reason == TOO_MANY_ARMS
+
+
+def test_what_a_step_shares_and_finds_no_room_stops_several_arms_and_fails_one(
+    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self, size):
+        raise torch.OutOfMemoryError(CUDA_MESSAGE)
+
+    monkeypatch.setattr(StepBatch, "clean", failing)
+    arms = [tiny_arm("method=ce", f"recipe.lr=0.00{n}") for n in (1, 2)]
+    _, results = train(arms, tmp_path)
+    assert [(result.status, result.reason) for result in results] == [("stopped", TOO_MANY_ARMS)] * 2
+    with pytest.raises(UserError, match="out of memory outside of any arm"):
+        train(arms[:1], tmp_path)
+
+
+def test_a_worker_trains_the_arms_of_a_cohort_that_did_not_fit(
+    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three arms, room for two: none fails, and what is trained has the bits that it has alone."""
+    arms = [tiny_arm("method=ce", "recipe.duration=2 epochs", f"recipe.lr=0.00{n}") for n in (1, 2, 3)]
+    _, expected = train(arms, tmp_path / "whole")
+    assert {result.status for result in expected} == {"complete"}
+    options = GridOptions(directory=str(tmp_path / "runs"), ledger_url=f"sqlite:///{tmp_path}/ledger.db", retries=0)
+    ledger = Ledger(options.ledger_url, "tiny", retries=0)
+    ledger.ensure(arms, {}, "table")
+    alive: weakref.WeakSet[TrainingArm] = weakref.WeakSet()
+    sizes: list[int] = []
+    step = TrainingArm.train_step
+
+    def limited(self, batch, teacher):
+        alive.add(self)
+        sizes.append(len(alive))
+        if len(alive) > 2:
+            raise RuntimeError(CPU_MESSAGE)
+        return step(self, batch, teacher)
+
+    monkeypatch.setattr(TrainingArm, "train_step", limited)
+    monkeypatch.setattr("basd.training.cohort.WORTH_COLLECTING", 0)
+    worker = Worker({arm.arm_key: arm for arm in arms}, ledger, options)
+    assert worker.work() == 3
+    states = ledger.arms([arm.arm_key for arm in arms]).values()
+    assert [(state.state, state.retries) for state in states] == [("complete", 0)] * 3
+    assert sizes.count(3) == 1
+    for arm in arms:
+        directory = options.arm_directory("tiny", arm.arm_key)
+        assert same_bits(state_of(directory), state_of(tmp_path / "whole" / arm.arm_key))
+        events = [
+            event for event in read_events(directory / "journal.jsonl") if "system/held_megabytes" in event.metrics
+        ]
+        assert len(events) == 2
 
 
 def test_a_teacher_that_does_not_fit_is_one_sentence(
@@ -209,13 +284,10 @@ def test_figures_follow_from_what_was_needed(monkeypatch: pytest.MonkeyPatch) ->
         precision="fp32",
         batch_size=64,
         accumulation=1,
-        arms=4,
-        held=2**30,
         fixed=5 * 2**30,
     )
     assert said == (
-        "out of memory (10.0 GiB or more are needed, cuda has 8.0 GiB): set runtime.cohort_size=2 (4 arms lay side by side; it "
-        "would need about 8.0 GiB), or runtime.precision=bf16, or recipe.batch_size=32 (now 64; it would need about 7.5 GiB), "
-        "or recipe.accumulation=2, which halves what a step holds of the batch."
+        "out of memory (10.0 GiB or more are needed, cuda has 8.0 GiB): set runtime.precision=bf16, or recipe.batch_size=32 "
+        "(now 64; it would need about 7.5 GiB), or recipe.accumulation=2, which halves what a step holds of the batch."
     )
     assert gibibytes(2**28) == "256 MiB"
