@@ -23,6 +23,7 @@ from basd.distributed import PeerLostError
 from basd.errors import DISK_FULL, UserError, is_disk_full
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
+from basd.grid.versions import set_aside, version_in
 from basd.tracking.files import FileLock, read_json, write_json, write_text
 from basd.tracking.journal import Journal, last_event
 
@@ -45,7 +46,10 @@ def load_trainer(name: str) -> Trainer:
 
 
 def prepare(arm: FrozenArm, directory: Path) -> None:
-    """Write arm.json and config.yaml. An arm begun by another code version starts anew: half of each would be neither."""
+    """Write arm.json and config.yaml. An arm begun by another code version starts anew: half of each would be neither.
+
+    What another version finished is set aside.
+    """
     import yaml
 
     before = read_json(directory / "arm.json")
@@ -54,7 +58,8 @@ def prepare(arm: FrozenArm, directory: Path) -> None:
             "arm %s was begun by code %s; it starts again with %s", arm.arm_key, before.get("version"), arm.version
         )
         # the journal goes before arm.json changes, so that a mirror never takes old points for the new version's
-        for left in (*directory.glob("checkpoint*.pt"), directory / "journal.jsonl"):
+        set_aside(directory)
+        for left in (*directory.glob("checkpoint*.pt"), directory / "journal.jsonl", directory / "progress.json"):
             left.unlink(missing_ok=True)
     if before != arm.to_dict():
         write_json(directory / "arm.json", arm.to_dict(), durable=True)
@@ -120,6 +125,7 @@ class Worker:
         log_path: str = "",
     ) -> None:
         self.arms = arms
+        self.version = next((arm.version for arm in arms.values()), "")  # of the code, which is the same for all
         self.ledger = ledger
         self.options = options
         self.workers = workers
@@ -152,9 +158,9 @@ class Worker:
         self.ledger.reap_stale(list(self.arms))
         now = time.monotonic()
         free = [key for key in self.arms if self._blocked.get(key, 0.0) <= now]
-        claimed = self.ledger.claim(free, self.options.cohort_size, workers=self.workers)
+        claimed = self.ledger.claim(free, self.options.cohort_size, workers=self.workers, version=self.version)
         return claimed, not claimed and any(
-            state.state == "waiting" for state in self.ledger.arms(list(self.arms)).values()
+            state.open_to(self.version) for state in self.ledger.arms(list(self.arms)).values()
         )
 
     def _next_patiently(self) -> tuple[list[str], bool]:
@@ -244,11 +250,13 @@ class Worker:
                 self._tell(lambda: self.ledger.give_back(key))
                 return
             locks[key] = lock
-            event = last_event(directory)
-            if event is not None and event.end == "complete":  # killed between its journal's last line and the ledger
+            event, version = last_event(directory), version_in(directory)
+            replaced = version != "" and version == self.ledger.replaces.get(key)
+            # killed between its journal's last line and the ledger
+            if event is not None and event.end == "complete" and not replaced:
                 open_keys.discard(key)
                 self.trained += 1
-                self._tell(lambda: self.ledger.complete(key, event.metrics))
+                self._tell(lambda: self.ledger.complete(key, event.metrics, version))
                 return
             prepare(self.arms[key], directory)
             journals[key] = Journal(directory)
@@ -282,7 +290,7 @@ class Worker:
                     status, reason = "failed", f"its journal cannot be written ({error.strerror or error})"
         if status == "complete":
             self.trained += 1
-            self._tell(lambda: self.ledger.complete(key, metrics))
+            self._tell(lambda: self.ledger.complete(key, metrics, self.arms[key].version))
         elif status == "failed":
             self._tell(lambda: self.ledger.fail(key, reason, self.log_path))
         else:
