@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -293,7 +293,8 @@ def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code:
     for warning in report.warnings:
         screen.print(f"Note: {warning}", markup=False)
     screen.print(report.table.to_rich())
-    where = f"mlflow ui --backend-store-uri {uri}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
+    where = f"mlflow ui --backend-store-uri {without_passwords(uri)}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
+    where = without_passwords(uri) if uri.startswith(("http:", "https:")) else where
     screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
     screen.print(f"Written: {', '.join(str(path) for path in report.paths)}", markup=False)
 

@@ -87,6 +87,7 @@ class Workers:
     def start(self) -> None:
         """Start one more worker in a free slot; its output goes to a log named after it."""
         from basd.data.feed import TRAINERS
+        from basd.grid.worker import OPTIONS
 
         slot = next(i for i in range(self.limit) if i not in self._running)
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -98,8 +99,9 @@ class Workers:
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
         command = [sys.executable, "-m", "basd.grid.worker", "--plan", str(self._plan)]
-        command += ["--options", json.dumps(self.options.to_dict()), "--workers", str(self.limit)]
-        command += ["--parent", str(os.getpid()), "--log-directory", str(self.logs)]
+        # addresses may hold passwords, and every user of the machine sees command lines
+        environment[OPTIONS] = json.dumps(self.options.to_dict())
+        command += ["--workers", str(self.limit), "--parent", str(os.getpid()), "--log-directory", str(self.logs)]
         nameless = self.logs / f"worker-{uuid.uuid4().hex}.log"
         with open(nameless, "ab") as log:
             # a session of its own: Ctrl-C at the terminal reaches this process alone, which then asks the workers

@@ -1,6 +1,6 @@
 """A worker: claims arms of one cohort key, trains them side by side, says in the ledger what became of each, and goes on.
 
-`python -m basd.grid.worker --plan FILE --options JSON` works on a plan until nothing waits. SIGTERM or SIGINT once: the arms are
+`python -m basd.grid.worker --plan FILE` works on a plan until nothing waits. SIGTERM or SIGINT once: the arms are
 checkpointed and given back; twice: it leaves at once, and its arms go on from their last checkpoint elsewhere.
 """
 
@@ -36,6 +36,8 @@ Trainer = Callable[..., Sequence[Any]]
 # Seconds before a worker tries again after a full disk; between questions to a ledger that does not answer, and in all.
 FULL_DISK_PAUSE = 10.0
 LEDGER_PAUSE, LEDGER_PATIENCE = 3.0, 600.0
+# GridOptions as JSON, in the environment of a worker process.
+OPTIONS = "BASD_WORKER_OPTIONS"
 
 
 def load_trainer(name: str) -> Trainer:
@@ -400,7 +402,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m basd.grid.worker`. Exit status 0: nothing waits or it was asked to stop; 2: a UserError."""
     parser = argparse.ArgumentParser(prog="python -m basd.grid.worker", description=__doc__)
     parser.add_argument("--plan", required=True, help="a saved plan")
-    parser.add_argument("--options", default="{}", help="GridOptions as JSON")
     parser.add_argument("--workers", type=int, default=1, help="how many workers share the arms")
     parser.add_argument("--parent", type=int, default=None, help="stop when this process is gone")
     parser.add_argument("--log-directory", default="", help="where this process's output is kept")
@@ -409,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     log_path = str(Path(given.log_directory) / log_name()) if given.log_directory else ""
     try:
-        options = GridOptions(**json.loads(given.options))
+        options = GridOptions(**json.loads(os.environ.get(OPTIONS, "{}")))
         work_on(given.plan, options, workers=given.workers, parent=given.parent, log_path=log_path, mirror=given.mirror)
     except UserError as error:
         print(error, file=sys.stderr)

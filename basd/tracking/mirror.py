@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 from basd.tracking.files import FileLock, file_lock, read_json, write_json
 from basd.tracking.journal import NAME as JOURNAL
 from basd.tracking.journal import Event, read_events
-from basd.tracking.mlflow_store import BATCH, SUPERSEDED, Store, check_tracking, fingerprint, shown, sqlite_path
+from basd.tracking.mlflow_store import BATCH, SUPERSEDED, Store, check_tracking, fingerprint, sqlite_path
 
 __all__ = ["Mirror", "check_tracking", "is_mirrored"]
 
@@ -381,7 +381,8 @@ class Mirror:
             if weights.exists():
                 store.upload(arm.run_id, weights)
         for file in sorted((arm.directory / "artifacts").rglob("*")):
-            if file.is_file() and not file.is_symlink():
+            # a link to elsewhere would publish what is no artifact
+            if file.is_file() and file.resolve().is_relative_to(arm.directory.resolve()):
                 below = file.parent.relative_to(arm.directory / "artifacts").as_posix()
                 store.upload(arm.run_id, file, None if below == "." else below)
         if reason:
@@ -402,4 +403,6 @@ class Mirror:
 
 def _sentence(uri: str, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return f"MLflow at {shown(uri)} does not take the results yet ({first}); they are kept in the journals, `basd sync` sends them later"
+    return without_passwords(
+        f"MLflow at {uri} does not take the results yet ({first}); they are kept in the journals, `basd sync` sends them later"
+    )

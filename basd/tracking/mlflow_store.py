@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 from basd.tracking.files import file_lock
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def fingerprint(uri: str) -> str:
 
 def shown(uri: str) -> str:
     """The address without a password."""
-    parts = urllib.parse.urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+    return without_passwords(uri)
 
 
 def check_tracking(uri: str, timeout: float = 4.0) -> None:
