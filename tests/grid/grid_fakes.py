@@ -93,7 +93,7 @@ def train_cohort(
     while members:
         for member in members.copy():
             fake, arm = member.arm.config["fake"], member.arm
-            if stop():
+            if stop() and not fake.get("deaf"):
                 save(member)
                 end(member, "stopped")
                 continue

@@ -130,6 +130,66 @@ def test_killed_between_claim_and_owner_is_free_after_grace(url: str, monkeypatc
     assert ledger.arms()[keys[0]].state == "waiting"
 
 
+def claim_and_die_before_saying_who(url: str) -> None:
+    ledger = Ledger(url, "setting")
+
+    def killed(*_: Any) -> None:
+        os.kill(os.getpid(), 9)
+
+    ledger._database.storage.set_trial_user_attr = killed  # type: ignore[method-assign]
+    ledger.claim([arm(0).arm_key], 1)
+
+
+def test_killed_before_it_said_who_it_is_locks_nobody_out(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real process, dead inside the claim: its lock is free, its trial RUNNING without an owner or a beat."""
+    ledger, keys = filled(url, [arm(0), arm(1)], grace=5.0)
+    process = multiprocessing.get_context("spawn").Process(target=claim_and_die_before_saying_who, args=(url,))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    state = ledger.arms()[keys[0]]
+    assert (state.state, state.owner) == ("running", None)
+    assert ledger.claim(keys, 9) == keys[1:]
+    now = time.monotonic()
+    monkeypatch.setattr(ledger_module.time, "monotonic", lambda: now + 6.0)
+    assert ledger.reap_stale() == keys[:1]
+    assert ledger.claim(keys, 9) == keys[:1]
+    ledger.close()
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_a_clock_that_jumps_takes_no_arm_from_a_living_worker(
+    host: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour forward and back, as after a correction of the time: only the watcher's own steady clock is asked."""
+    from datetime import datetime, timedelta
+
+    import optuna
+
+    clock = SimpleNamespace(jump=0.0)
+
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(seconds=clock.jump)
+
+    real = time.time
+    monkeypatch.setattr(optuna.storages._rdb.storage, "datetime", Jumping)
+    monkeypatch.setattr(time, "time", lambda: real() + clock.jump)
+    ledger, keys = filled(url, [arm(0)], grace=30.0)
+    watcher = Ledger(url, "setting", grace=30.0)
+    assert ledger.claim(keys, 1) == keys
+    if host == "elsewhere":
+        monkeypatch.setattr(processes.socket, "gethostname", lambda: "elsewhere")
+    trial = ledger.arms()[keys[0]].trial_id
+    for number, clock.jump in enumerate((0.0, 3600.0, -3600.0, 0.0)):
+        ledger._database.storage.set_trial_user_attr(trial, "beat", number)
+        assert watcher.reap_stale() == [] and ledger.owned(keys[0])
+    clock.jump = -3600.0  # it ends before it began
+    assert ledger.complete(keys[0], {"val/top1": 1.0}) and watcher.arms()[keys[0]].state == "complete"
+    ledger.close()
+
+
 def test_living_owner_elsewhere_keeps_its_arm_while_its_counter_moves(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

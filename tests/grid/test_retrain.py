@@ -206,6 +206,7 @@ def test_a_worker_of_the_old_code_leaves_it_alone(grid: Grid) -> None:
     assert grid.work(new, better) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_retraining_goes_on_with_and_without_the_flag(
     grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
