@@ -193,7 +193,8 @@ def run_grid(
 ) -> Outcome:
     """Train every arm of the plan that is not complete, however often this was interrupted before.
 
-    `retrain_stale`: complete arms that other code trained are trained again, once. Several calls at once share the work. UserError when the ledger or the tracking store cannot be used.
+    `retrain_stale`: complete arms that other code trained are trained again, once. Several calls at once share the work.
+    UserError when the ledger or the tracking store cannot be used.
     """
     if console is None:
         from rich.console import Console as RichConsole
@@ -217,7 +218,10 @@ def run_grid(
         def trained_by(state: ArmState) -> str:
             return trained_version(state, options.arm_directory(plan.setting, state.key))
 
-        before -= set(ledger.retrain(plan.arms.values(), labels_of(plan), plan.name, trained_by))
+        anew = ledger.retrain(plan.arms.values(), labels_of(plan), plan.name, trained_by)
+        before -= set(anew)
+        for key in anew:  # the bar begins at nothing
+            (options.arm_directory(plan.setting, key) / "progress.json").unlink(missing_ok=True)
     ledger.ensure(plan.arms.values(), labels_of(plan), plan.name, again=True)
     mirror = mirror_of(plan, options, ledger)
     outcome = Outcome(seconds={"prepare": time.monotonic() - began, "start": 0.0, "train": 0.0, "mirror": 0.0})
