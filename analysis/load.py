@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,8 +113,7 @@ def _unreadable(tracking_uri: str, error: Exception) -> UserError:
 
 def shown(tracking_uri: str) -> str:
     """The address without its password."""
-    password = urlsplit(tracking_uri).password
-    return tracking_uri.replace(f":{password}@", ":***@") if password else tracking_uri
+    return without_passwords(tracking_uri)
 
 
 def _nothing(ablation: str, where: str) -> str:

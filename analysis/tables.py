@@ -397,7 +397,7 @@ def _version_note(layout: Layout, part: pd.DataFrame, allow_mixed_code: bool) ->
     if len(arms) > 1 and not allow_mixed_code:
         raise UserError(
             f"The arms of table '{layout.name}' were trained by {len(arms)} versions of the code: {listed}; print "
-            "the table with --allow-mixed-code, or train all of it with one version in a directory of its own."
+            f"the table with --allow-mixed-code, or train it with one version by `basd grid {layout.name} --retrain-stale`."
         )
     dirty = (
         " The commit does not pin down code that is -dirty."

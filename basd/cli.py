@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("name", nargs="?", help="an ablation or a sweep; all of them without it")
     report.add_argument("name", nargs="?", help="an ablation or a sweep")
     report.add_argument("--all", action="store_true", help="every table that has a plan here")
+    grid.add_argument(
+        "--retrain-stale", action="store_true", help="train again, once, what other code than the installed one trained"
+    )
     for one in (grid, report):
         one.add_argument(
             "--allow-mixed-code", action="store_true", help="print a table whose arms are of several code versions"
@@ -269,15 +272,18 @@ def grid(given: argparse.Namespace, overrides: list[str]) -> int:
 
     from basd.grid.display import duration
     from basd.grid.run import run_grid
+    from basd.grid.versions import said_of_stale
 
     screen = console(given.quiet)
     began = time.monotonic()
     made, options = planned(given, overrides, screen)
     prepared = time.monotonic() - began
-    outcome = run_grid(made, options, console=screen, quiet=given.quiet)
+    outcome = run_grid(made, options, console=screen, quiet=given.quiet, retrain_stale=given.retrain_stale)
     for key, failure in outcome.failed.items():
         arm = made.arms[key]
         screen.print(f"Failed: {arm.name} seed={arm.seed}: {failure.reason} (log: {failure.log})", markup=False)
+    if outcome.stale:
+        screen.print(f"Note: {said_of_stale(made, outcome.stale, len(outcome.complete))}", markup=False)
     if outcome.interrupted:
         return 130
     if not outcome.mirrored:
@@ -438,7 +444,8 @@ def _report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code:
     for warning in report.warnings:
         screen.print(f"Note: {warning}", markup=False)
     screen.print(report.table.to_rich())
-    where = f"mlflow ui --backend-store-uri {uri}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
+    where = f"mlflow ui --backend-store-uri {without_passwords(uri)}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
+    where = without_passwords(uri) if uri.startswith(("http:", "https:")) else where
     screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
     screen.print(f"Written: {', '.join(str(path) for path in report.paths)}", markup=False)
 

@@ -172,6 +172,9 @@ def _form_problems(overrides: Sequence[str]) -> list[str]:
     parser = OverridesParser.create()
     problems: list[str] = []
     for text in overrides:
+        if "_target_" in text:
+            problems.append(f'"{text}" names code to run, which no setting may')
+            continue
         try:
             override = parser.parse_override(text)
         except HydraException:

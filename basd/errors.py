@@ -1,10 +1,25 @@
 """Errors that are the user's to mend: one sentence that says what is wrong and the way out."""
 
 import errno
+import re
+
+_IN_ADDRESS = re.compile(r"//([^/\s:@]*):\S*@")
+_IN_QUERY = re.compile(r"(?i)\b(password|passwd|pwd|token)=[^&\s;'\")]+")
+
+
+def without_passwords(text: str) -> str:
+    """A text, such as the error of a library, with *** in place of every password of an address in it."""
+    return _IN_QUERY.sub(r"\1=***", _IN_ADDRESS.sub(r"//\1:***@", text))
 
 
 class UserError(Exception):
-    """Bad input or a missing resource. The command line prints the message alone, without a traceback, and exits with 2."""
+    """Bad input or a missing resource. The command line prints the message alone, without a traceback, and exits with 2.
+
+    No message shows a password, whoever wrote its text.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_passwords(message))
 
 
 # Why an arm that found no room for its checkpoint or its record was given back.

@@ -54,6 +54,9 @@ def check(overrides: Sequence[str]) -> None:
 
     Of an interval both ends. Hydra's own settings are left to Hydra.
     """
+    compose(
+        [text for text in overrides if "_target_" in text]
+    )  # refuses them: Hydra would call what its launcher names
     fixed: list[str] = []
     swept: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(list(overrides)):
@@ -123,6 +126,7 @@ def worker_job(config: Any) -> None:
 
 def start_workers(ablation: str, overrides: Sequence[str]) -> int:
     """Hand workers of an ablation to Hydra's launcher: one for each value of `worker=…`; returns the worst of their statuses."""
+    compose([text for text in overrides if "_target_" in text])  # refuses them
     hydras = [text for text in overrides if text.startswith(("hydra/", "hydra."))]
     numbers = [text for text in overrides if text.startswith("worker=")]
     settings = [text for text in overrides if text not in (*hydras, *numbers)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,35 @@ def test_a_second_call_trains_nothing_and_prints_the_same(grid, cache: Path) -> 
     assert "9 of 9 arms done" in status.stdout
     planned = basd("plan", *TABLE, cwd=folder, cache=cache)
     assert "9 arms, 9 done" in planned.stdout
+
+
+@pytest.mark.slow
+def test_a_table_of_older_code_is_told_and_trained_again_on_demand(
+    grid, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    folder, _ = grid
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASD_CACHE", str(cache))
+    monkeypatch.setattr("basd.grid.plan.code_version", lambda: "newer")
+    monkeypatch.setattr("basd.version.code_version", lambda: "newer")
+    one = [*TABLE, "rows=[basd]", "seeds=[0]"]
+    assert main(["grid", "--quiet", *one]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing to train" in said and "--allow-mixed-code" in said
+    assert "1 of 1 complete arms were trained by other code than the installed newer" in said
+    assert "`basd grid leave_one_out --retrain-stale`" in said
+    before = metrics_of(tmp_path)
+    assert main(["grid", "--quiet", "--retrain-stale", *one]) == 0
+    said = capsys.readouterr().out
+    assert "Trained 1 arms" in said and "other code" not in said and "Code version: newer (1 arm)" in said
+    after = metrics_of(tmp_path)
+    # the same code under another name: the same bits
+    assert {key: after[key] for key in before} == before and len(after) == len(before) + 1
+    # two of the other seeds' arms are still of the older code
+    assert main(["grid", "--quiet", *TABLE, "rows=[basd]"]) == 2
+    said = capsys.readouterr()
+    assert "2 of 3 complete arms" in said.out and "--retrain-stale" in said.err
 
 
 def test_train_knows_an_arm_that_a_grid_has_finished(grid, cache: Path) -> None:

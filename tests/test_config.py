@@ -267,16 +267,6 @@ def test_setting_names() -> None:
     )
 
 
-def test_no_config_can_name_code_to_run() -> None:
-    import basd
-
-    root = Path(basd.__file__).parent
-    for file in [*root.rglob("*.yaml"), *root.parent.joinpath("experiments").glob("*.yaml")]:
-        assert "_target_" not in file.read_text()
-    with pytest.raises(UserError):
-        compose(["selector._target_=os.system"])
-
-
 def test_choices_name_every_preset() -> None:
     choices = group_choices()
     assert {"basd", "ce"} <= set(choices["method"])

@@ -31,7 +31,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(cwd: Path, cache: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "BASD_CACHE": str(cache), "COLUMNS": "160"}
     command = [sys.executable, "-m", "basd", *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def basd(cwd: Path, cache: Path, *arguments: str) -> tuple[int, str]:
@@ -52,7 +54,9 @@ def trials_of(folder: Path) -> list[tuple[Any, ...]]:
     storage = f"sqlite:///{folder}/ledger.db"
     (name,) = [one.study_name for one in optuna.get_all_study_summaries(storage) if " sweep uwso " in one.study_name]
     trials = optuna.load_study(study_name=name, storage=storage).trials
-    return [(t.number, t.state.name, t.values, t.params, t.intermediate_values, t.user_attrs.get("reason")) for t in trials]
+    return [
+        (t.number, t.state.name, t.values, t.params, t.intermediate_values, t.user_attrs.get("reason")) for t in trials
+    ]
 
 
 def test_it_searches_and_reports(swept: tuple[Path, str]) -> None:

@@ -29,6 +29,7 @@ from basd.grid.audit_records import (
 )
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
+from basd.grid.versions import is_leftover, trained_version, version_in
 from basd.tracking.files import read_json
 from basd.tracking.journal import NAME as JOURNAL
 from basd.tracking.journal import last_event
@@ -173,7 +174,8 @@ class _Auditor:
         self.findings: list[Finding] = []
         self.problems: list[str] = []
         self.versions: Counter[str] = Counter()
-        self.complete = self.pruned = self.elsewhere = 0
+        self.complete = self.pruned = 0
+        self.elsewhere: set[str] = set()  # keys of arms that were completed on another machine
         self.mirrored: dict[str, bool] = {}  # arm key -> whether its mirror says that all was sent
         self.unsent: set[str] = set()  # arm keys
         self.running: set[str] = set()  # arm keys
@@ -273,15 +275,19 @@ class _Auditor:
             what = f"trials {', '.join(map(str, sorted(trials)))} of the ledger are complete, with {'the same' if alike else 'different'} metrics"
             self._add("duplicate", key, what, f"the first, {min(trials)}, counts; nothing is to be done")
         spec = read_json(directory / "arm.json") or {}
-        record = self._journal(key, state, directory, spec)
+        host = ((state.owner if state else None) or {}).get("host")
+        if state is not None and host != socket.gethostname() and is_leftover(directory, state):
+            self.elsewhere.add(key)
+        record = None if key in self.elsewhere else self._journal(key, state, directory, spec)
+        version = trained_version(state, directory) if state else str(spec.get("version", ""))
         if self.tracked is not None:
-            self._mirrored(key, state, directory, record, str(spec.get("version", "")))
+            self._mirrored(key, state, record, version)
         tag = runs[0].tags.get("basd.version", "") if runs else ""
-        version = str(spec.get("version") or tag or (state.version if state else "") or "unknown")
+        version = version or tag or "unknown"
         self.versions[version] += 1
         if version != self.installed:
             what = f"trained with code {version}, installed is {self.installed}"
-            self._add("stale", key, what, f"{self._again(key)} repeats it")
+            self._add("stale", key, what, f"`basd grid {self.plan.name} --retrain-stale` trains it again")
 
     def _incomplete(self, key: str, state: ArmState | None, ended: bool, run: Run | None) -> None:
         grid = f"`{self.plan.command}`"
@@ -289,11 +295,12 @@ class _Auditor:
             self._add("missing", key, "not complete by its journal", grid)
             return
         name = state.state if state else "never enqueued"
+        replaced = state is not None and state.closed_to(version_in(self.options.arm_directory(self.plan.setting, key)))
         owner = (state.owner if state else None) or {}
         process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
         if name == "running":
             self._add("running", key, f"in training by {process}", f"`basd status {self.plan.name}` says how far it is")
-        elif ended:
+        elif ended and not replaced:
             what = f"its journal is complete, the ledger says {name}"
             self._add("missing", key, what, f"{grid} takes it over without training it again")
         elif state is not None and name == "failed":
@@ -301,9 +308,13 @@ class _Auditor:
             kind: Kind = "failed" if state.permanent else "missing"
             self._add(kind, key, f"failed: {state.reason}", f"{log}{grid} tries again")
         else:
-            what = {"stale": f"stale: its owner, {process}, is gone"}.get(name, name)
+            again = (
+                f"{name} to be trained again in place of code {state.replaces}" if state and state.replaces else name
+            )
+            what = {"stale": f"stale: its owner, {process}, is gone"}.get(name, again)
             self._add("missing", key, what, grid)
-        if run is not None and run.status == "FINISHED" and not ended and name != "running":
+        old = state is not None and run is not None and state.closed_to(run.tags.get("basd.version", ""))
+        if run is not None and run.status == "FINISHED" and not (ended or old) and name != "running":
             self._add("differing", key, f"its MLflow run is FINISHED, the ledger says {name}", grid)
 
     def _journal(
@@ -313,10 +324,7 @@ class _Auditor:
         path = directory / JOURNAL
         restore = f"restore {directory} from a copy; {self._again(key)} repeats it"
         if not path.exists():
-            if not spec and ((state.owner if state else None) or {}).get("host") != socket.gethostname():
-                self.elsewhere += 1
-            else:
-                self._add("differing", key, f"its journal is missing: {path}", restore)
+            self._add("differing", key, f"its journal is missing: {path}", restore)
             return None
         arm = self.plan.arms[key]
         try:
@@ -337,14 +345,12 @@ class _Auditor:
             self._add("differing", key, "its student.safetensors is missing", restore)
         return None if record.defects else record
 
-    def _mirrored(
-        self, key: str, state: ArmState | None, directory: Path, record: JournalRecord | None, version: str
-    ) -> None:
+    def _mirrored(self, key: str, state: ArmState | None, record: JournalRecord | None, version: str) -> None:
         """Compare a complete arm with its MLflow run. What was only not sent yet is told apart from what went wrong."""
         assert self.tracked is not None
         label, mirrored = ", ".join(self.plan.labels_of(key)), self.mirrored[key]
-        here = (directory / JOURNAL).exists()
-        sync, anew = self._sync(directory)
+        here = self._has_journal(key)
+        sync, anew = self._sync(key)
         runs = self.runs.get(key, [])
         if not runs:
             if mirrored:
@@ -368,7 +374,7 @@ class _Auditor:
         ]:
             wrong.append("its MLflow run does not lie under its configuration's run")
         if version and run.tags.get("basd.version") != version:
-            wrong.append(f"its MLflow run says code {run.tags.get('basd.version', 'nothing')}, its arm.json {version}")
+            wrong.append(f"its MLflow run says code {run.tags.get('basd.version', 'nothing')}, trained with {version}")
         if record is not None:
             try:
                 points = self.tracked.points(run)
@@ -440,20 +446,21 @@ class _Auditor:
             return f"`mlflow runs delete --run-id {run.run_id}`"
         if own:
             ended = [key for key in own if key in complete]
-            sync, anew = self._sync(self.options.arm_directory(self.plan.setting, (ended or own)[0]))
-            return anew if ended else sync
+            return self._sync(ended[0])[1] if ended else f"run `basd sync {self.plan.name}`"
         tables = sorted(tag.removeprefix("basd.ablation.") for tag in run.tags if tag.startswith("basd.ablation."))
         return f"`basd audit {tables[0]}` says more" if tables else "repeat its `basd train`, which sends the rest"
 
     def _owes(self, key: str) -> bool:
         """Whether an arm's journal is here and not all of it was sent."""
-        here = (self.options.arm_directory(self.plan.setting, key) / JOURNAL).exists()
-        return key in self.unsent or (here and not self.mirrored[key])
+        return key in self.unsent or (self._has_journal(key) and not self.mirrored[key])
 
-    def _sync(self, directory: Path) -> tuple[str, str]:
+    def _has_journal(self, key: str) -> bool:
+        return key not in self.elsewhere and (self.options.arm_directory(self.plan.setting, key) / JOURNAL).exists()
+
+    def _sync(self, key: str) -> tuple[str, str]:
         """How the rest of an arm is sent to MLflow, and how all of it is sent once more."""
-        sync = f"run `basd sync {self.plan.name}`"
-        if not (directory / JOURNAL).exists():
+        sync, directory = f"run `basd sync {self.plan.name}`", self.options.arm_directory(self.plan.setting, key)
+        if not self._has_journal(key):
             return f"{sync} on the machine that trained it", f"{sync} on the machine that trained it"
         # without this file the mirror asks MLflow what it has
         return sync, f"remove {directory / MIRROR}, then {sync}" if (directory / MIRROR).exists() else sync
@@ -478,7 +485,7 @@ class _Auditor:
         notes = []
         ways = [finding.way_out for finding in self.findings]
         if self.elsewhere:
-            number = f"{self.elsewhere} arms were" if self.elsewhere > 1 else "1 arm was"
+            number = f"{len(self.elsewhere)} arms were" if len(self.elsewhere) > 1 else "1 arm was"
             notes.append(f"{number} trained on another machine; the journals there were not compared.")
         if any("train --again" in way for way in ways):
             notes.append(

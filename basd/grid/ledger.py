@@ -4,6 +4,9 @@ Each arm is trained exactly once. A claim moves one trial from WAITING to RUNNIN
 and a counter that a thread of the owner increments. A trial is stale when its owner is dead or the counter stood still for
 `grace` seconds on the watcher's own clock. Stale and failed trials are enqueued again as new trials up to `retries` times.
 Of several trials with one key the one with the lower number wins.
+
+An arm whose result is of other code can be trained again: a trial of the next generation is enqueued, and from that moment on
+trials of earlier generations count no more. It names the code version whose result it `replaces`; that code does not train it.
 """
 
 from __future__ import annotations
@@ -12,46 +15,20 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from basd.errors import UserError
 from basd.grid.processes import is_alive, this_process
 from basd.grid.storage import Database
+from basd.grid.trials import OF_ONE_TRY, ArmState, State, counting, fields_of, generation
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from basd.config import FrozenArm
 
-State = Literal["waiting", "running", "stale", "complete", "pruned", "failed"]
 log = logging.getLogger("basd.ledger")
-
-
-@dataclass(frozen=True)
-class ArmState:
-    """What the ledger says of one arm."""
-
-    key: str
-    state: State
-    number: int  # of the trial that counts
-    trial_id: int
-    seed: int
-    name: str
-    configuration_key: str
-    cohort_key: str
-    version: str  # of the code that enqueued it
-    labels: dict[str, list[str]]  # ablation -> rows
-    owner: dict[str, Any] | None
-    retries: int  # how often it was enqueued again
-    permanent: bool  # failed, and not enqueued again by itself
-    reason: str
-    log: str
-    metrics: dict[str, float]
-    started: datetime | None
-    ended: datetime | None
 
 
 class Ledger:
@@ -65,6 +42,7 @@ class Ledger:
         self._database = Database(url, timeout)
         self._study: int | None = None
         self._held: dict[str, int] = {}  # arm key -> trial that this ledger claimed
+        self.replaces: dict[str, str] = {}  # claimed arm key -> code version whose result is to be replaced
         self._guard = threading.Lock()
         self._seen: dict[int, tuple[Any, float]] = {}  # trial -> (owner and beat, when we first saw them)
         self._beating: threading.Thread | None = None
@@ -102,21 +80,49 @@ class Ledger:
             self._set_labels(ablation, {a.arm_key: list(labels[a.arm_key]) for a in arms if labels.get(a.arm_key)})
             for arm in arms:
                 state = states.get(arm.arm_key)
+                if state is not None and state.state in ("waiting", "failed") and state.closed_to(arm.version):
+                    raise UserError(
+                        f"{arm.name} seed={arm.seed} is to be trained again by other code than {arm.version}, which is installed "
+                        f"here; install {state.version}, or keep to this code with `basd grid {ablation or 'NAME'} --retrain-stale`"
+                    )
                 over = state is not None and (state.permanent or state.state == "pruned")
                 if state is not None and (state.state not in ("failed", "pruned") or (over and not again)):
                     continue
-                fields = {
-                    "arm_key": arm.arm_key,
-                    "configuration_key": arm.configuration_key,
-                    "cohort_key": arm.cohort_key,
-                    "seed": arm.seed,
-                    "name": arm.name,
-                    "version": arm.version,
-                    "retry": state.retries + 1 if state and not over else 0,
-                }
-                if labels.get(arm.arm_key):
-                    fields[f"row/{ablation}"] = ", ".join(labels[arm.arm_key])
-                self._enqueue(fields)
+                retry = state.retries + 1 if state and not over else 0
+                before = {"generation": state.generation, "replaces": state.replaces} if state else {}
+                self._enqueue({**fields_of(arm, labels, ablation), "retry": retry, **before})
+                added.append(arm.arm_key)
+        return added
+
+    def retrain(
+        self,
+        arms: Iterable[FrozenArm],
+        labels: Mapping[str, Sequence[str]],
+        ablation: str,
+        trained_by: Callable[[ArmState], str],
+    ) -> list[str]:
+        """Enqueue anew every complete arm that other code than its arm's version trained; returns the keys.
+
+        `trained_by` tells that of a complete arm. An arm that waits to be trained again by other code than this is kept for this one.
+        """
+        added = []
+        with self._database.errors(), self._database.exclusive():
+            states = self._states()
+            for arm in arms:
+                state = states.get(arm.arm_key)
+                if state is None:
+                    continue
+                if state.state == "complete":
+                    replaces = trained_by(state)
+                    if replaces == arm.version:
+                        continue
+                elif state.state in ("waiting", "failed") and state.closed_to(arm.version):
+                    replaces = state.version  # the code went back to what it was
+                else:
+                    continue
+                # one write: before it the old result counts, after it the new trial
+                again = {"retry": 0, "generation": state.generation + 1, "replaces": replaces}
+                self._enqueue({**fields_of(arm, labels, ablation), **again})
                 added.append(arm.arm_key)
         return added
 
@@ -127,7 +133,10 @@ class Ledger:
         return states if keys is None else {key: states[key] for key in keys if key in states}
 
     def completions(self) -> dict[str, dict[int, Mapping[str, float]]] | None:
-        """Every complete trial: arm key -> number -> metrics. None: the ledger knows no such setting, and is not told of it."""
+        """Every complete trial that no later generation replaces: arm key -> number -> metrics.
+
+        None: the ledger knows no such setting, and is not told of it.
+        """
         from optuna.trial import TrialState
 
         found: dict[str, dict[int, Mapping[str, float]]] = {}
@@ -137,17 +146,24 @@ class Ledger:
                 study = storage.get_study_id_from_name(self.setting)
             except KeyError:
                 return None
-            for trial in storage.get_all_trials(study, deepcopy=False, states=(TrialState.COMPLETE,)):
+            trials = storage.get_all_trials(study, deepcopy=False)
+            newest: dict[str, int] = {}
+            for trial in trials:
                 key = trial.user_attrs.get("arm_key", "")
-                found.setdefault(key, {})[trial.number] = trial.user_attrs.get("metrics", {})
+                newest[key] = max(newest.get(key, 0), generation(trial))
+            for trial in trials:
+                key = trial.user_attrs.get("arm_key", "")
+                if trial.state == TrialState.COMPLETE and generation(trial) == newest[key]:
+                    found.setdefault(key, {})[trial.number] = trial.user_attrs.get("metrics", {})
         return found
 
     # Working
 
-    def claim(self, keys: Sequence[str], limit: int, *, workers: int = 1) -> list[str]:
+    def claim(self, keys: Sequence[str], limit: int, *, workers: int = 1, version: str = "") -> list[str]:
         """Claim waiting arms of one cohort key, that of the first of `keys` that waits.
 
-        At most `limit`, and at most the share of one of `workers`. Returns the claimed keys; none means that nothing waits.
+        At most `limit`, and at most the share of one of `workers`. Returns the claimed keys; none means that nothing waits for
+        code of this `version`.
         """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
@@ -155,7 +171,7 @@ class Ledger:
         claimed: list[str] = []
         with self._database.errors(), self._database.exclusive():
             states = self._states()
-            waiting = [states[key] for key in keys if key in states and states[key].state == "waiting"]
+            waiting = [states[key] for key in keys if key in states and states[key].open_to(version)]
             share = min(limit, math.ceil(len(waiting) / max(1, workers)))
             storage = self._database.storage
             for state in [s for s in waiting if s.cohort_key == waiting[0].cohort_key]:
@@ -169,6 +185,7 @@ class Ledger:
                 storage.set_trial_user_attr(state.trial_id, "owner", self.owner.to_dict())
                 with self._guard:
                     self._held[state.key] = state.trial_id
+                    self.replaces[state.key] = state.replaces
                 claimed.append(state.key)
         if not claimed:
             return []
@@ -205,14 +222,14 @@ class Ledger:
         mine = state is not None and state.trial_id == trial_id and state.state in ("running", "stale")
         return mine and state is not None and (state.owner or {}).get("worker") == self.owner.worker
 
-    def complete(self, key: str, metrics: Mapping[str, float]) -> bool:
-        """Mark an owned arm complete. Returns False when another process has taken it meanwhile."""
+    def complete(self, key: str, metrics: Mapping[str, float], version: str = "") -> bool:
+        """Mark an owned arm complete, trained by code `version`. Returns False when another process has taken it meanwhile."""
         from optuna.trial import TrialState
 
         stored = {name: v if math.isfinite(v) else str(v) for name, v in ((n, float(x)) for n, x in metrics.items())}
         names = [n for n in ("val/top1", "test/top1", *sorted(metrics)) if n in metrics and math.isfinite(metrics[n])]
         values = [float(metrics[names[0]])] if names else None
-        return self._leave(key, TrialState.COMPLETE, {"metrics": stored}, values)
+        return self._leave(key, TrialState.COMPLETE, {"metrics": stored, "trained_by": version}, values)
 
     def fail(self, key: str, reason: str, log_path: str = "") -> bool:
         """Mark an owned arm failed; returns whether it was enqueued again."""
@@ -321,14 +338,15 @@ class Ledger:
         return self._database.storage.get_all_trials(self._study_id(), deepcopy=False)
 
     def _states(self) -> dict[str, ArmState]:
-        """One state per arm key: complete, running, waiting, pruned, failed, then the lower number (failed: the last)."""
+        """One state per arm key, of its newest generation: complete, running, waiting, pruned, failed, then the lower number
+        (failed: the last)."""
         by_key: dict[str, list[FrozenTrial]] = {}
         for trial in self._trials():
             if "arm_key" in trial.user_attrs:
                 by_key.setdefault(trial.user_attrs["arm_key"], []).append(trial)
         labels = self._labels()
         now = time.monotonic()
-        return {key: self._state(_counting(trials), labels.get(key, {}), now) for key, trials in by_key.items()}
+        return {key: self._state(counting(trials), labels.get(key, {}), now) for key, trials in by_key.items()}
 
     def _state(self, trial: FrozenTrial, labels: dict[str, list[str]], now: float) -> ArmState:
         from optuna.trial import TrialState
@@ -355,6 +373,9 @@ class Ledger:
             configuration_key=str(attributes.get("configuration_key", "")),
             cohort_key=str(attributes.get("cohort_key", "")),
             version=str(attributes.get("version", "")),
+            trained_by=str(attributes.get("trained_by", "")) if state == "complete" else "",
+            generation=generation(trial),
+            replaces=str(attributes.get("replaces", "")),
             labels=labels,
             owner=owner,
             retries=retries,
@@ -394,7 +415,7 @@ class Ledger:
                 if state is None or state.state != "failed" or state.permanent:
                     continue
                 old = trials[state.trial_id].user_attrs
-                kept = {k: v for k, v in old.items() if k not in ("owner", "beat", "reason", "log", "metrics")}
+                kept = {name: value for name, value in old.items() if name not in OF_ONE_TRY}
                 self._enqueue({**kept, "retry": state.retries + 1})
                 added.append(key)
         return added
@@ -440,13 +461,3 @@ class Ledger:
                     pass  # taken away; training learns of it at its next checkpoint
                 except (UserError, RuntimeError, KeyError) as error:  # a locked database must not end the thread
                     log.warning("no sign of life for %s: %s", key, error)
-
-
-def _counting(trials: Sequence[FrozenTrial]) -> FrozenTrial:
-    from optuna.trial import TrialState
-
-    for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):
-        for trial in sorted(trials, key=lambda t: t.number):
-            if trial.state == state:
-                return trial
-    return max(trials, key=lambda t: t.number)

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from basd.errors import UserError
+
 # In the environment of workers that were started together: how many, each of which takes its share of a cohort.
 WORKERS = "BASD_WORKERS"
 TRAINER = "basd.training.cohort:train_cohort"
+# Settings, arm keys and plans become folders and files; none of these names leads anywhere else.
+FOLDER = re.compile(r"\w[\w.=+-]*")
+
+
+def as_folder(name: str) -> str:
+    """A name that may have come from a file or from the ledger; `UserError` unless it is that of one folder."""
+    if not FOLDER.fullmatch(name):
+        raise UserError(
+            f"{name!r} cannot be the name of a setting or of an arm (letters, digits, dots, dashes); was its plan or ledger changed "
+            "by hand? Remove it and plan again."
+        )
+    return name
 
 
 @dataclass(frozen=True)
@@ -51,11 +66,11 @@ class GridOptions:
 
     def setting_directory(self, setting: str) -> Path:
         """Where the arms of a setting lie."""
-        return Path(self.directory) / setting
+        return Path(self.directory) / as_folder(setting)
 
     def arm_directory(self, setting: str, key: str) -> Path:
         """Where one arm lies."""
-        return self.setting_directory(setting) / key
+        return self.setting_directory(setting) / as_folder(key)
 
     def devices(self) -> list[str]:
         """The CUDA devices that workers choose from; empty on CPU."""

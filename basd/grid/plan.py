@@ -32,6 +32,7 @@ from basd.data import load as load_data
 from basd.data.images import fingerprint
 from basd.errors import UserError
 from basd.grid.ablations import load_ablation, merge_overrides
+from basd.grid.options import as_folder
 from basd.models.taps import attention_of
 from basd.training.device import check_device
 from basd.training.recipe import parse_duration
@@ -117,6 +118,13 @@ class Plan:
             given["metrics"] = [given.pop("metric")]
         given["metrics"] = tuple(given["metrics"])
         given["notices"] = tuple(given["notices"])
+        keys = {key for cell in given["cells"].values() for key in cell.values()}
+        if keys - set(given["arms"]) or any(key != arm.arm_key for key, arm in given["arms"].items()):
+            raise ValueError("cells and arms differ")
+        for name in (given["name"], given["setting"], given["hash"], *given["arms"]):
+            as_folder(name)
+        if {arm.setting for arm in given["arms"].values()} != {given["setting"]}:
+            raise ValueError("arms of another setting")
         return cls(**given)
 
     @property
@@ -152,7 +160,7 @@ class Plan:
             return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError as error:
             raise UserError(f"the plan {path} does not exist; run basd grid or basd sweep.") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, UserError) as error:
             raise UserError(
                 f"{path} is not a plan, or of another version of BASD; remove it and run basd grid again."
             ) from error

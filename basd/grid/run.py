@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,14 @@ from basd import distributed
 from basd.errors import UserError
 from basd.grid import leases
 from basd.grid.display import Display, data_wait, steps_done
+from basd.grid.finished import asked
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
+from basd.grid.versions import is_leftover, stale_versions, trained_version
+from basd.tracking.files import file_lock
+from basd.tracking.journal import NAME as JOURNAL
 from basd.tracking.mirror import Mirror, check_tracking, is_mirrored
+from basd.tracking.mlflow_store import Store, sqlite_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +57,7 @@ class Outcome:
     pruned: list[str] = field(default_factory=list)  # left by a sweep
     failed: dict[str, Failure] = field(default_factory=dict)
     trained: int = 0  # completed during this call, by any process
+    stale: dict[str, int] = field(default_factory=dict)  # other code versions -> complete arms that each trained
     workers_started: int = 0
     worker_deaths: int = 0
     interrupted: bool = False
@@ -85,6 +91,7 @@ class Workers:
         `LeasedError` where other workers have every GPU.
         """
         from basd.data.feed import TRAINERS
+        from basd.grid.worker import OPTIONS
 
         # taken here and handed over: which device a worker gets, and whether there is one, is known before it starts
         lease = leases.take(self.options)
@@ -97,8 +104,9 @@ class Workers:
         if lease is not None and not leases.names_device(self.options):
             environment["CUDA_VISIBLE_DEVICES"] = lease.device.entry
         command = [sys.executable, "-m", "basd.grid.worker", "--plan", str(self._plan)]
-        command += ["--options", json.dumps(self.options.to_dict()), "--workers", str(self.limit)]
-        command += ["--parent", str(os.getpid()), "--log-directory", str(self.logs)]
+        # addresses may hold passwords, and every user of the machine sees command lines
+        environment[OPTIONS] = json.dumps(self.options.to_dict())
+        command += ["--workers", str(self.limit), "--parent", str(os.getpid()), "--log-directory", str(self.logs)]
         command += ["--leased"] if lease is not None else []
         nameless = self.logs / f"worker-{uuid.uuid4().hex}.log"
         try:
@@ -170,7 +178,10 @@ def labels_of(plan: Plan) -> dict[str, list[str]]:
 
 
 def mirror_of(plan: Plan, options: GridOptions, ledger: Ledger) -> Mirror:
-    """A mirror that follows every arm of the plan that is not complete, or of which something is not in MLflow yet."""
+    """A mirror that follows every arm of the plan that is not complete, or of which something is not in MLflow yet.
+
+    What is here of an arm that was completed on another machine is no account of it, and is not followed.
+    """
     mirror = Mirror(options.tracking_uri)
     states = ledger.arms()
     known = {state.key: state.configuration_key for state in states.values()}
@@ -179,7 +190,8 @@ def mirror_of(plan: Plan, options: GridOptions, ledger: Ledger) -> Mirror:
     for key, rows in labels_of(plan).items():
         directory, labels = options.arm_directory(plan.setting, key), {plan.name: ", ".join(rows)}
         complete = key in states and states[key].state == "complete"
-        if not (complete and is_mirrored(directory, options.tracking_uri, labels)):
+        sent = complete and is_mirrored(directory, options.tracking_uri, labels)
+        if not (sent or (complete and is_leftover(directory, states[key]))):
             mirror.add(directory, expected=seeds[plan.arms[key].configuration_key], labels=labels)
     return mirror
 
@@ -192,10 +204,12 @@ def run_grid(
     here: bool = False,
     console: Console | None = None,
     quiet: bool = False,
+    retrain_stale: bool = False,
 ) -> Outcome:
     """Train every arm of the plan that is not complete, however often this was interrupted before.
 
-    Several calls at once share the work. `only`: of these arms. `here`: in this process instead of processes of their own.
+    `only`: of these arms. `here`: in this process instead of processes of their own. `retrain_stale`: complete arms that other
+    code trained are trained again, once. Several calls at once share the work.
     UserError when the ledger or the tracking store cannot be used.
     """
     whole, plan = plan, plan.only(only) if only is not None else plan
@@ -209,12 +223,22 @@ def run_grid(
     )
     ledger.check()
     keys = list(plan.arms)
-    before = {key for key, state in ledger.arms(keys).items() if state.state == "complete"}
-    if len(before) < len(keys):
+    states = ledger.arms(keys)
+    before = {key for key, state in states.items() if state.state == "complete"}
+    if len(before) < len(keys) or (retrain_stale and stale_versions(plan, options, states)):
         check_tracking(options.tracking_uri)
     plan_path = options.setting_directory(plan.setting) / "plans" / f"{plan.name}-{plan.hash}.json"
     whole.save(plan_path)
     ledger.reap_stale(keys)
+    if retrain_stale:
+
+        def trained_by(state: ArmState) -> str:
+            return trained_version(state, options.arm_directory(plan.setting, state.key))
+
+        anew = ledger.retrain(plan.arms.values(), labels_of(plan), plan.name, trained_by)
+        before -= set(anew)
+        for key in anew:  # the bar begins at nothing
+            (options.arm_directory(plan.setting, key) / "progress.json").unlink(missing_ok=True)
     # what a sweep has left or seen fail stays so; a table wants it all the same
     ledger.ensure(plan.arms.values(), labels_of(plan), plan.name, again=plan.sweep is None)
     mirror = mirror_of(plan, options, ledger)
@@ -298,7 +322,8 @@ def _work_here(
             Worker(plan.arms, ledger, options, train=train, stop=stop, prune=prune).work()
             ledger.reap_stale(keys)
             # arms that other workers have may come back
-            if not any(state.state in ("waiting", "running", "stale") for state in ledger.arms(keys).values()):
+            states = ledger.arms(keys).values()
+            if not any(state.state in ("running", "stale") or state.open_to(plan.version) for state in states):
                 break
             time.sleep(POLL)
     finally:
@@ -331,7 +356,8 @@ def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, di
         failed = sum(state.permanent for state in states.values())
         wait = data_wait(_running(plan, options, states))
         display.update(_steps(plan, options, states), count["complete"] + count["pruned"], failed, wait)
-        waiting, running = count["waiting"] + count["failed"] - failed, count["running"] + count["stale"]
+        waiting = sum(state.open_to(plan.version) for state in states.values()) + count["failed"] - failed
+        running = count["running"] + count["stale"]
         if not waiting and not running and not len(workers):
             return
         if workers.deaths > options.retries * workers.limit:
@@ -393,6 +419,8 @@ def _settle(
         state = states.get(key)
         if state is not None and state.state == "complete":
             outcome.complete.append(key)
+            if is_leftover(options.arm_directory(plan.setting, key), state):
+                mirror.leave(options.arm_directory(plan.setting, key))
         elif state is not None and state.permanent:
             outcome.failed[key] = Failure(state.reason, state.log)
             mirror.conclude(options.arm_directory(plan.setting, key), "FAILED")
@@ -404,6 +432,7 @@ def _settle(
             if state is None or state.state != "running":
                 mirror.conclude(options.arm_directory(plan.setting, key), "KILLED")
     outcome.trained = len(set(outcome.complete) - before)
+    outcome.stale = stale_versions(plan, options, states)
     began = time.monotonic()
     try:
         if mirror.pending():
@@ -412,6 +441,8 @@ def _settle(
             outcome.mirror_problem = mirror.problem
         else:
             mirror.drain(10.0)
+        if outcome.mirrored:
+            close_orphans(plan, options, states)
     except UserError as error:
         mirror.close()
         outcome.mirrored, outcome.mirror_problem = False, f"{error}; the results are kept, `basd sync` sends them later"
@@ -435,7 +466,30 @@ def sync(plan: Plan, options: GridOptions, timeout: float = 600.0) -> Outcome:
     outcome.complete = [key for key, state in states.items() if state.state == "complete"]
     outcome.mirrored = mirror.drain(timeout)
     outcome.mirror_problem = mirror.problem
+    if outcome.mirrored:
+        close_orphans(plan, options, states)
     return outcome
+
+
+def close_orphans(plan: Plan, options: GridOptions, states: Mapping[str, ArmState]) -> list[str]:
+    """End the MLflow runs of arms that nobody trains and whose journals are not here, for machines that never come back.
+
+    What is told of an arm here is its mirror's business. Returns the arms' keys; UserError: MLflow cannot be written.
+    """
+    store = sqlite_path(options.tracking_uri)
+    ended = {}
+    for key in plan.arms:
+        state, here = states.get(key), options.arm_directory(plan.setting, key) / JOURNAL
+        if state is not None and state.state in ("waiting", "stale", "failed") and not here.exists():
+            ended[key] = "FAILED" if state.permanent else "KILLED"
+    if not ended or (store is not None and not store.exists()):
+        return []
+
+    def close() -> list[str]:
+        with file_lock(options.setting_directory(plan.setting) / "mirror.lock"):
+            return Store(options.tracking_uri, plan.setting).close_orphans(ended)
+
+    return asked(options.tracking_uri, close)
 
 
 @contextmanager

@@ -146,6 +146,8 @@ def _enqueued(
             return {}, "", True
         if state.state == "failed" and state.permanent:
             return {}, state.reason, False
+        if state.state == "waiting" and state.closed_to(arm.version):
+            return {}, f"it is to be trained again by other code than {arm.version}, which is installed here", False
         if state.state == "running" and not said:
             said = True
             display.say("Another process is training this arm; waiting for it (Ctrl-C leaves it alone).")

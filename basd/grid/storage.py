@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 from basd.tracking.files import FileLock
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ class Database:
         self.timeout = timeout
         try:
             self.parsed = sqlalchemy.engine.make_url(url)
-        except sqlalchemy.exc.ArgumentError as error:
+        except (sqlalchemy.exc.ArgumentError, ValueError) as error:
             raise UserError(
                 f"ledger.url={url} is no database address; use sqlite:///FILE or postgresql://HOST/NAME"
             ) from error
-        self.shown = self.parsed.render_as_string(hide_password=True)
+        self.shown = without_passwords(self.parsed.render_as_string(hide_password=True))
         self.path: Path | None = None
         backend = self.parsed.get_backend_name()
         if backend not in ("sqlite", "postgresql"):

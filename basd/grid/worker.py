@@ -1,6 +1,6 @@
 """A worker: claims arms of one cohort key, trains them side by side, says in the ledger what became of each, and goes on.
 
-`python -m basd.grid.worker --plan FILE --options JSON` works on a plan until nothing waits. SIGTERM or SIGINT once: the arms are
+`python -m basd.grid.worker --plan FILE` works on a plan until nothing waits. SIGTERM or SIGINT once: the arms are
 checkpointed and given back; twice: it leaves at once, and its arms go on from their last checkpoint elsewhere.
 """
 
@@ -27,6 +27,7 @@ from basd.grid.leases import leased
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.room import Room
+from basd.grid.versions import set_aside, version_in
 from basd.tracking.files import FileLock, read_json, write_json, write_text
 from basd.tracking.journal import Journal, last_event
 
@@ -41,6 +42,8 @@ Trainer = Callable[..., Sequence[Any]]
 # Seconds before a worker tries again after a full disk; between questions to a ledger that does not answer, and in all.
 FULL_DISK_PAUSE = 10.0
 LEDGER_PAUSE, LEDGER_PATIENCE = 3.0, 600.0
+# GridOptions as JSON, in the environment of a worker process.
+OPTIONS = "BASD_WORKER_OPTIONS"
 
 
 def load_trainer(name: str) -> Trainer:
@@ -51,7 +54,10 @@ def load_trainer(name: str) -> Trainer:
 
 
 def prepare(arm: FrozenArm, directory: Path) -> None:
-    """Write arm.json and config.yaml. An arm begun by another code version starts anew: half of each would be neither."""
+    """Write arm.json and config.yaml. An arm begun by another code version starts anew: half of each would be neither.
+
+    What another version finished is set aside.
+    """
     import yaml
 
     before = read_json(directory / "arm.json")
@@ -60,7 +66,8 @@ def prepare(arm: FrozenArm, directory: Path) -> None:
             "arm %s was begun by code %s; it starts again with %s", arm.arm_key, before.get("version"), arm.version
         )
         # the journal goes before arm.json changes, so that a mirror never takes old points for the new version's
-        for left in (*directory.glob("checkpoint*.pt"), directory / "journal.jsonl"):
+        set_aside(directory)
+        for left in (*directory.glob("checkpoint*.pt"), directory / "journal.jsonl", directory / "progress.json"):
             left.unlink(missing_ok=True)
     if before != arm.to_dict():
         write_json(directory / "arm.json", arm.to_dict(), durable=True)
@@ -128,6 +135,7 @@ class Worker:
         prune: EpochPruner | None = None,
     ) -> None:
         self.arms = arms
+        self.version = next((arm.version for arm in arms.values()), "")  # of the code, which is the same for all
         self.ledger = ledger
         self.options = options
         self.workers = workers
@@ -162,9 +170,9 @@ class Worker:
         self.ledger.reap_stale(list(self.arms))
         now = time.monotonic()
         free = [key for key in self.arms if self._blocked.get(key, 0.0) <= now]
-        claimed = self.ledger.claim(free, self._memory.arms(), workers=self.workers)
+        claimed = self.ledger.claim(free, self._memory.arms(), workers=self.workers, version=self.version)
         return claimed, not claimed and any(
-            state.state == "waiting" for state in self.ledger.arms(list(self.arms)).values()
+            state.open_to(self.version) for state in self.ledger.arms(list(self.arms)).values()
         )
 
     def _available(self) -> int | None:
@@ -272,11 +280,13 @@ class Worker:
                 self._tell(lambda: self.ledger.give_back(key))
                 return
             locks[key] = lock
-            event = last_event(directory)
-            if event is not None and event.end == "complete":  # killed between its journal's last line and the ledger
+            event, version = last_event(directory), version_in(directory)
+            replaced = version != "" and version == self.ledger.replaces.get(key)
+            # killed between its journal's last line and the ledger
+            if event is not None and event.end == "complete" and not replaced:
                 open_keys.discard(key)
                 self.trained += 1
-                self._tell(lambda: self.ledger.complete(key, event.metrics))
+                self._tell(lambda: self.ledger.complete(key, event.metrics, version))
                 return
             prepare(self.arms[key], directory)
             journals[key] = Journal(directory)
@@ -310,7 +320,7 @@ class Worker:
                     status, reason = "failed", f"its journal cannot be written ({error.strerror or error})"
         if status == "complete":
             self.trained += 1
-            self._tell(lambda: self.ledger.complete(key, metrics))
+            self._tell(lambda: self.ledger.complete(key, metrics, self.arms[key].version))
         elif status == "pruned":
             self._tell(lambda: self.ledger.prune(key, reason))
         elif status == "failed":
@@ -443,7 +453,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m basd.grid.worker`. Exit status 0: nothing waits or it was asked to stop; 2: a UserError."""
     parser = argparse.ArgumentParser(prog="python -m basd.grid.worker", description=__doc__)
     parser.add_argument("--plan", required=True, help="a saved plan")
-    parser.add_argument("--options", default="{}", help="GridOptions as JSON")
     parser.add_argument("--workers", type=int, default=1, help="how many workers share the arms")
     parser.add_argument("--parent", type=int, default=None, help="stop when this process is gone")
     parser.add_argument("--log-directory", default="", help="where this process's output is kept")
@@ -453,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     log_path = str(Path(given.log_directory) / log_name()) if given.log_directory else ""
     try:
-        options = GridOptions(**json.loads(given.options))
+        options = GridOptions(**json.loads(os.environ.get(OPTIONS, "{}")))
         with nullcontext() if given.leased else leased(options, log.warning):
             work_on(
                 given.plan,

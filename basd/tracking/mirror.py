@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 from basd.tracking.files import FileLock, file_lock, read_json, write_json
 from basd.tracking.journal import NAME as JOURNAL
 from basd.tracking.journal import Event, read_events
-from basd.tracking.mlflow_store import BATCH, SUPERSEDED, Store, check_tracking, fingerprint, shown, sqlite_path
+from basd.tracking.mlflow_store import BATCH, SUPERSEDED, Store, check_tracking, fingerprint, sqlite_path
 
 __all__ = ["Mirror", "check_tracking", "is_mirrored"]
 
@@ -37,6 +37,7 @@ class _Arm:
     run_tag: str = ""
     labels: dict[str, str] = field(default_factory=dict)  # ablation -> row label
     concluded: str = ""  # status for an arm whose process ended without a word
+    left: bool = False  # what is here is no account of the arm: it was trained elsewhere, or anew
     spec: dict[str, Any] = field(default_factory=dict)
     lock: FileLock | None = None
     sure: bool = False  # the server was asked since the last start or error
@@ -118,6 +119,13 @@ class Mirror:
                 arm.concluded = status
         self._wake.set()
 
+    def leave(self, directory: Path | str) -> None:
+        """Follow an arm directory no more: the arm was completed on another machine, whose mirror tells of it."""
+        with self._guard:
+            arm = self._arms.get(Path(directory).absolute())
+            if arm is not None:
+                arm.left = True
+
     def start(self) -> Mirror:
         """Start the background thread."""
         if self._thread is None:
@@ -194,7 +202,7 @@ class Mirror:
         return bool(problem)
 
     def _follow(self, arm: _Arm, settling: bool) -> None:
-        if self._sent(arm) and (not settling or arm.parent_closed):
+        if arm.left or (self._sent(arm) and (not settling or arm.parent_closed)):
             return
         if not (arm.directory / JOURNAL).exists() or not self._own(arm):
             return
@@ -210,7 +218,7 @@ class Mirror:
             arm.lock = None
 
     def _sent(self, arm: _Arm) -> bool:
-        if not (arm.directory / JOURNAL).exists():
+        if arm.left or not (arm.directory / JOURNAL).exists():
             return True  # nothing was ever trained, nothing is owed
         if arm.lock is None:  # another mirror may have done it
             return is_mirrored(arm.directory, self.uri, arm.labels)
@@ -263,6 +271,8 @@ class Mirror:
             arm.spec, arm.sure = spec, False  # begun anew by other code since this mirror took the directory
         if not arm.sure:
             self._find_run(arm, store)
+        if arm.left:
+            return
         if not arm.config_sent and (arm.directory / "config.yaml").exists():
             store.upload(arm.run_id, arm.directory / "config.yaml")
             arm.config_sent = True
@@ -291,9 +301,13 @@ class Mirror:
             arm.parent = store.parent(tags["basd.configuration_key"], str(spec["name"]), tags, shared, start)
             run = store.arm(key, arm.run_tag)
             if run is not None and run.data.tags.get("basd.version") != tags["basd.version"]:
+                if run.info.start_time > start:  # begun anew on another machine, after what is here
+                    arm.left = True
+                    return
                 # the code changed and the arm began anew: its points belong to another run
                 store.tag(run.info.run_id, {SUPERSEDED: "true"})
-                store.close(run.info.run_id, "KILLED", start)
+                if run.info.status == "RUNNING":
+                    store.close(run.info.run_id, "KILLED", start)
                 run = None
             if run is None:
                 own = {
@@ -366,7 +380,8 @@ class Mirror:
             if weights.exists():
                 store.upload(arm.run_id, weights)
         for file in sorted((arm.directory / "artifacts").rglob("*")):
-            if file.is_file() and not file.is_symlink():
+            # a link to elsewhere would publish what is no artifact
+            if file.is_file() and file.resolve().is_relative_to(arm.directory.resolve()):
                 below = file.parent.relative_to(arm.directory / "artifacts").as_posix()
                 store.upload(arm.run_id, file, None if below == "." else below)
         if reason:
@@ -387,4 +402,6 @@ class Mirror:
 
 def _sentence(uri: str, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return f"MLflow at {shown(uri)} does not take the results yet ({first}); they are kept in the journals, `basd sync` sends them later"
+    return without_passwords(
+        f"MLflow at {uri} does not take the results yet ({first}); they are kept in the journals, `basd sync` sends them later"
+    )

@@ -9,6 +9,7 @@ import os
 import sqlite3
 import statistics
 import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basd.errors import UserError
+from basd.errors import UserError, without_passwords
 from basd.tracking.files import file_lock
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def fingerprint(uri: str) -> str:
 
 def shown(uri: str) -> str:
     """The address without a password."""
-    parts = urllib.parse.urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+    return without_passwords(uri)
 
 
 def check_tracking(uri: str, timeout: float = 4.0) -> None:
@@ -237,6 +237,27 @@ class Store:
         if tags:
             self.client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items()])
 
+    def close_orphans(self, ended: Mapping[str, str]) -> list[str]:
+        """Close the runs of arms that are RUNNING though nobody trains them: arm key -> FAILED or KILLED. Returns their keys.
+
+        Where another mirror goes on with such an arm, it opens the run again. Call it under the setting's lock.
+        """
+        closed: list[str] = []
+        parents: dict[str, str] = {}
+        for run in self.runs() if ended else []:
+            key = run.data.tags.get("basd.arm_key", "")
+            if key not in ended or run.info.status != "RUNNING" or {SUPERSEDED, "basd.run"} & set(run.data.tags):
+                continue
+            self.close(run.info.run_id, ended[key], time.time_ns() // 1_000_000)
+            parents[run.data.tags.get("mlflow.parentRunId", "")] = run.data.tags.get("basd.configuration_key", "")
+            closed.append(key)
+        known = {run.info.run_id for run in self.runs()} if parents else set()
+        for parent, configuration in parents.items():
+            if parent in known:
+                # how many seeds it should have is not known here, so it is never closed as FINISHED
+                self.aggregate(configuration, parent, len(known), settle=True)
+        return closed
+
     def reopen(self, run_id: str) -> None:
         """Set a run that had ended to RUNNING."""
         if self.client.get_run(run_id).info.status != "RUNNING":
@@ -265,6 +286,9 @@ class Store:
             known = {m.key: (m.value, m.step) for m in run.data._metric_objs}
             rows = [(k, v, ended, len(done)) for k, v in _summary(done).items() if known.get(k) != (v, len(done))]
             self.log_all(parent, rows)
+            versions = ", ".join(sorted({r.data.tags.get("basd.version", "") for r in done}))
+            if run.data.tags.get("basd.version") != versions:
+                self.tag(parent, {"basd.version": versions})
         if len(done) >= expected:
             status = "FINISHED"
         elif not settle or any(r.info.status == "RUNNING" for r in arms):

@@ -58,11 +58,21 @@ class Study:
         self.study = optuna.create_study(study_name=STUDY, storage=self.url, directions=directions)
         self.study.set_user_attr("sweep", self.facts)
 
-    def add(self, lr: float, scale: str, state: str = "COMPLETE", steps: tuple[float, ...] = (), version: str = "v1", **own: Any) -> None:
+    def add(
+        self,
+        lr: float,
+        scale: str,
+        state: str = "COMPLETE",
+        steps: tuple[float, ...] = (),
+        version: str = "v1",
+        **own: Any,
+    ) -> None:
         number = len(self.study.trials)
         names = self.facts["metrics"]
         seeds = {str(seed): value(lr, scale) + (0.01 if seed else -0.01) for seed in self.facts["seeds"]}
-        of_metric = {name: seeds if name != "val/nll" else {s: 1 + abs(v - 0.7) for s, v in seeds.items()} for name in names}
+        of_metric = {
+            name: seeds if name != "val/nll" else {s: 1 + abs(v - 0.7) for s, v in seeds.items()} for name in names
+        }
         complete = state == "COMPLETE"
         arms = {str(s): {"arm_key": f"{number:02d}{s}", "version": version} for s in self.facts["seeds"]}
         self.study.add_trial(
@@ -97,7 +107,10 @@ def test_trials_are_read_as_they_were_told(study: Study) -> None:
     assert [trial.number for trial in ranked(result)][9:] == [9, 10, 11]
     values = [trial.values[0] for trial in ranked(result)[:9]]
     assert values == sorted(values, reverse=True)
-    assert result.trials[3].of_seeds[0] == {0: pytest.approx(value(5e-4, "first") - 0.01), 1: pytest.approx(value(5e-4, "first") + 0.01)}
+    assert result.trials[3].of_seeds[0] == {
+        0: pytest.approx(value(5e-4, "first") - 0.01),
+        1: pytest.approx(value(5e-4, "first") + 0.01),
+    }
     assert result.logarithmic == {LR}
 
 
@@ -174,7 +187,9 @@ def test_the_tracker_gets_value_and_best_so_far(study: Study) -> None:
     assert set(values) == set(range(9))
     best = list(itertools.accumulate(values.values(), max))
     assert list(told["points"]["sweep/best/val/top1"].values()) == best
-    assert told["finished"] and told["params"]["sampler.name"] == "tpe" and told["params"][SCALE] == "choice(first, none)"
+    assert (
+        told["finished"] and told["params"]["sampler.name"] == "tpe" and told["params"][SCALE] == "choice(first, none)"
+    )
     study.add(2e-3, "first", "RUNNING")
     assert not tracked(load_sweep(study.url, STUDY))["finished"]
 
@@ -185,7 +200,12 @@ def test_files_are_written_twice_alike(study: Study, tmp_path: Path) -> None:
     again = write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "two")
     assert [path.name for path in paths] == [path.name for path in again]
     assert {path.suffix for path in paths} == {".md", ".csv", ".pdf", ".png"}
-    assert {path.name.split(".")[1] for path in paths if path.suffix == ".png"} == {"history", "importance", "slices", "epochs"}
+    assert {path.name.split(".")[1] for path in paths if path.suffix == ".png"} == {
+        "history",
+        "importance",
+        "slices",
+        "epochs",
+    }
     for path, other in zip(paths, again, strict=True):
         assert path.read_bytes() == other.read_bytes(), path.name
     for path in paths:
@@ -198,7 +218,12 @@ def test_files_are_written_twice_alike(study: Study, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_front_and_seeds_in_order_are_drawn_too(tmp_path: Path) -> None:
-    study = Study(tmp_path, metrics=["val/top1", "val/nll"], pruner={"name": "none"}, space={LR: facts()["space"][LR], SCALE: "choice(first, none)"})
+    study = Study(
+        tmp_path,
+        metrics=["val/top1", "val/nll"],
+        pruner={"name": "none"},
+        space={LR: facts()["space"][LR], SCALE: "choice(first, none)"},
+    )
     for lr in (2e-4, 5e-4, 1e-3, 3e-3):
         study.add(lr, "first")
     names = {path.name for path in write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "reports")}

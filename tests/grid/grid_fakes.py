@@ -35,10 +35,18 @@ def make_arm(row: int, seed: int, version: str = "v1", **fake: Any) -> FrozenArm
     )
 
 
-def make_plan(rows: int, seeds: int, special: dict[tuple[int, int], dict[str, Any]] | None = None, **fake: Any) -> Plan:
+def make_plan(
+    rows: int,
+    seeds: int,
+    special: dict[tuple[int, int], dict[str, Any]] | None = None,
+    version: str = "v1",
+    **fake: Any,
+) -> Plan:
     """`rows` × `seeds` arms; `special` steers single arms (row, seed)."""
     arms = {
-        (r, s): make_arm(r, s, **{**fake, **(special or {}).get((r, s), {})}) for s in range(seeds) for r in range(rows)
+        (r, s): make_arm(r, s, version, **{**fake, **(special or {}).get((r, s), {})})
+        for s in range(seeds)
+        for r in range(rows)
     }
     return Plan(
         name="fake_table",
@@ -50,7 +58,7 @@ def make_plan(rows: int, seeds: int, special: dict[tuple[int, int], dict[str, An
         rows=tuple(PlanRow(f"row{r}", f"Row {r}", f"{r:016x}", ()) for r in range(rows)),
         cells={f"row{r}": {s: arms[r, s].arm_key for s in range(seeds)} for r in range(rows)},
         arms={arm.arm_key: arm for arm in arms.values()},
-        version="v1",
+        version=version,
         hash="abc123",
     )
 
@@ -61,7 +69,7 @@ def train_cohort(
     """Keeps the promises of the real one: resumes from a checkpoint, isolates failures, stops when asked."""
     members = []
     for arm, directory, recorder in zip(arms, directories, recorders, strict=True):
-        checkpoint = directory / "checkpoint.json"
+        checkpoint = directory / "checkpoint.pt"
         state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "position": 0}
         recorder.rewind(state["position"])
         members.append(SimpleNamespace(arm=arm, directory=directory, recorder=recorder, step=state["step"]))
@@ -78,14 +86,14 @@ def train_cohort(
         state = {"step": member.step, "position": member.recorder.flush()}
         temporary = member.directory / "checkpoint.tmp"
         temporary.write_text(json.dumps(state))
-        os.replace(temporary, member.directory / "checkpoint.json")
+        os.replace(temporary, member.directory / "checkpoint.pt")
 
     if any(member.arm.config["fake"].get("cohort_error") for member in members):
         raise RuntimeError("no memory left on the device")
     while members:
         for member in members.copy():
             fake, arm = member.arm.config["fake"], member.arm
-            if stop():
+            if stop() and not fake.get("deaf"):
                 save(member)
                 end(member, "stopped")
                 continue
@@ -101,6 +109,7 @@ def train_cohort(
                 final = {"test/top1": 0.5 + 0.01 * arm.seed, "val/top1": 0.1 * member.step}
                 member.recorder.metrics(member.step, {"test/top1": final["test/top1"]})
                 (member.directory / "student.safetensors").write_bytes(b"weights")
+                (member.directory / "checkpoint.pt").unlink(missing_ok=True)
                 end(member, "complete", final)
             elif member.step % 2 == 0:
                 save(member)

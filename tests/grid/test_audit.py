@@ -225,7 +225,7 @@ MLFLOW_BREAKS = {
     "other version": (
         "UPDATE tags SET value = 'v0' WHERE run_uuid = :run AND key = 'basd.version'",
         "differing",
-        "says code v0, its arm.json v1",
+        "says code v0, trained with v1",
     ),
     "mark of a NaN": (
         "INSERT INTO tags (key, value, run_uuid) VALUES ('basd.nonfinite.train/loss', 'nan at step 2', :run)",
@@ -595,8 +595,7 @@ def test_code_that_changed_since_is_told(table: Table) -> None:
     }
     assert len(audit.findings) == 4 and not audit.in_order
     assert audit.summary.endswith("4 of 4 arms complete, 4 of stale code; code version v1, installed is v2.")
-    assert audit.findings[0].way_out == "`basd train --again seed=…` repeats it"
-    assert any("stands beside the table's" in note for note in audit.notes)
+    assert audit.findings[0].way_out == "`basd grid fake_table --retrain-stale` trains it again"
 
 
 def test_several_code_versions_are_mixed(tmp_path: Path, intact: Path) -> None:
@@ -625,7 +624,7 @@ def test_findings_of_a_row_share_a_line(table: Table) -> None:
     print_audit(audit_plan(table.plan, table.options, "v2"), Console(file=text, width=160))
     lines = [line for line in text.getvalue().splitlines() if "Row" in line]
     assert len(lines) == 2 and all("0, 1" in line and "trained with code v1" in line for line in lines)
-    assert text.getvalue().startswith("fake_table in") and "Note: " in text.getvalue()
+    assert text.getvalue().startswith("fake_table in") and "--retrain-stale" in text.getvalue()
 
 
 def test_command_says_it_with_its_exit_status(

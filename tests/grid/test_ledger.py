@@ -21,14 +21,14 @@ from basd.grid import processes
 from basd.grid.ledger import Ledger
 
 
-def arm(number: int, cohort: int = 0) -> Any:
+def arm(number: int, cohort: int = 0, version: str = "v") -> Any:
     return SimpleNamespace(
         arm_key=f"{number:016x}",
         configuration_key="c",
         cohort_key=f"s{cohort}",
         seed=cohort,
         name=f"n{number}",
-        version="v",
+        version=version,
     )
 
 
@@ -128,6 +128,66 @@ def test_killed_between_claim_and_owner_is_free_after_grace(url: str, monkeypatc
     now = 6.0
     assert ledger.reap_stale() == keys
     assert ledger.arms()[keys[0]].state == "waiting"
+
+
+def claim_and_die_before_saying_who(url: str) -> None:
+    ledger = Ledger(url, "setting")
+
+    def killed(*_: Any) -> None:
+        os.kill(os.getpid(), 9)
+
+    ledger._database.storage.set_trial_user_attr = killed  # type: ignore[method-assign]
+    ledger.claim([arm(0).arm_key], 1)
+
+
+def test_killed_before_it_said_who_it_is_locks_nobody_out(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real process, dead inside the claim: its lock is free, its trial RUNNING without an owner or a beat."""
+    ledger, keys = filled(url, [arm(0), arm(1)], grace=5.0)
+    process = multiprocessing.get_context("spawn").Process(target=claim_and_die_before_saying_who, args=(url,))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    state = ledger.arms()[keys[0]]
+    assert (state.state, state.owner) == ("running", None)
+    assert ledger.claim(keys, 9) == keys[1:]
+    now = time.monotonic()
+    monkeypatch.setattr(ledger_module.time, "monotonic", lambda: now + 6.0)
+    assert ledger.reap_stale() == keys[:1]
+    assert ledger.claim(keys, 9) == keys[:1]
+    ledger.close()
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_a_clock_that_jumps_takes_no_arm_from_a_living_worker(
+    host: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour forward and back, as after a correction of the time: only the watcher's own steady clock is asked."""
+    from datetime import datetime, timedelta
+
+    import optuna
+
+    clock = SimpleNamespace(jump=0.0)
+
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(seconds=clock.jump)
+
+    real = time.time
+    monkeypatch.setattr(optuna.storages._rdb.storage, "datetime", Jumping)
+    monkeypatch.setattr(time, "time", lambda: real() + clock.jump)
+    ledger, keys = filled(url, [arm(0)], grace=30.0)
+    watcher = Ledger(url, "setting", grace=30.0)
+    assert ledger.claim(keys, 1) == keys
+    if host == "elsewhere":
+        monkeypatch.setattr(processes.socket, "gethostname", lambda: "elsewhere")
+    trial = ledger.arms()[keys[0]].trial_id
+    for number, clock.jump in enumerate((0.0, 3600.0, -3600.0, 0.0)):
+        ledger._database.storage.set_trial_user_attr(trial, "beat", number)
+        assert watcher.reap_stale() == [] and ledger.owned(keys[0])
+    clock.jump = -3600.0  # it ends before it began
+    assert ledger.complete(keys[0], {"val/top1": 1.0}) and watcher.arms()[keys[0]].state == "complete"
+    ledger.close()
 
 
 def test_living_owner_elsewhere_keeps_its_arm_while_its_counter_moves(
@@ -263,3 +323,88 @@ def test_a_transaction_of_another_program_is_told_of_and_the_next_call_goes_on(t
         Ledger(url, "setting", timeout=0.2).arms()
     connection.rollback()
     assert len(Ledger(url, "setting", timeout=0.2).arms()) == 1
+
+
+# -- trained again by other code ---------------------------------------------------------------------------------------
+
+
+def trained_by(state: Any) -> str:
+    return str(state.trained_by)
+
+
+def completed(url: str, keys: list[str], version: str, top1: float) -> Ledger:
+    """Claim and complete what waits for code of this version."""
+    ledger = Ledger(url, "setting")
+    for key in ledger.claim(keys, 9, version=version):
+        assert ledger.complete(key, {"val/top1": top1}, version)
+    ledger.close()
+    return ledger
+
+
+def test_a_retrained_arm_replaces_the_old_result_once(url: str) -> None:
+    ledger, keys = filled(url, [arm(0), arm(1)])
+    completed(url, keys, "v", 0.1)
+    newer = [arm(0, version="w"), arm(1, version="w")]
+    assert ledger.retrain([arm(0), arm(1)], {}, "table", trained_by) == []
+    assert ledger.retrain(newer[:1], {}, "table", trained_by) == keys[:1]
+    assert ledger.retrain(newer[:1], {}, "table", trained_by) == []  # it waits already
+    states = ledger.arms()
+    assert [(states[key].state, states[key].replaces) for key in keys] == [("waiting", "v"), ("complete", "")]
+    assert ledger.completions() == {keys[1]: {1: {"val/top1": 0.1}}}
+    assert ledger.ensure(newer, {}, "table") == []
+    # the code whose result is to be replaced neither trains it nor waits for ever
+    with pytest.raises(UserError, match="--retrain-stale"):
+        ledger.ensure([arm(0)], {}, "table")
+    assert ledger.claim(keys, 9, version="v") == [] and not states[keys[0]].open_to("v")
+    completed(url, keys, "w", 0.2)
+    state = ledger.arms()[keys[0]]
+    assert (state.state, state.metrics, state.trained_by, state.number) == ("complete", {"val/top1": 0.2}, "w", 2)
+    assert ledger.completions() == {keys[1]: {1: {"val/top1": 0.1}}, keys[0]: {2: {"val/top1": 0.2}}}
+    assert ledger.retrain(newer[:1], {}, "table", trained_by) == []
+
+
+def test_tries_of_a_retrained_arm_stay_tries_of_it(url: str) -> None:
+    """Neither a failed try nor a new set of retries brings the old result back."""
+    ledger, keys = filled(url, [arm(0)], retries=1)
+    completed(url, keys, "v", 0.1)
+    newer = [arm(0, version="w")]
+    ledger.retrain(newer, {}, "table", trained_by)
+    for again in (True, False):
+        assert ledger.claim(keys, 1, version="w") == keys and ledger.replaces[keys[0]] == "v"
+        assert ledger.fail(keys[0], "no") is again
+    assert (ledger.arms()[keys[0]].state, ledger.completions()) == ("failed", {})
+    assert ledger.ensure(newer, {}, "table", again=True) == keys
+    assert ledger.claim(keys, 1, version="v") == [] and ledger.claim(keys, 1, version="w") == keys
+    ledger.close()
+
+
+def test_code_that_goes_back_keeps_to_its_own_result(url: str) -> None:
+    ledger, keys = filled(url, [arm(0)])
+    completed(url, keys, "v", 0.1)
+    ledger.retrain([arm(0, version="w")], {}, "table", trained_by)
+    assert ledger.retrain([arm(0)], {}, "table", trained_by) == keys
+    assert ledger.claim(keys, 1, version="w") == []
+    completed(url, keys, "v", 0.1)
+    assert (ledger.arms()[keys[0]].trained_by, len(ledger.completions() or {})) == ("v", 1)
+
+
+RETRAINER = """
+import sys
+from test_ledger import arm, trained_by
+from basd.grid.ledger import Ledger
+ledger = Ledger(sys.argv[1], "setting", timeout=120.0)
+print(len(ledger.retrain([arm(i, version="w") for i in range(8)], {}, "table", trained_by)))
+"""
+
+
+def test_two_processes_that_retrain_at_once_enqueue_each_arm_once(url: str) -> None:
+    ledger, keys = filled(url, [arm(i) for i in range(8)], timeout=120.0)
+    completed(url, keys, "v", 0.1)
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-c", RETRAINER, url]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+        for _ in range(2)
+    ]
+    assert sum(int(process.communicate()[0]) for process in both) == 8
+    assert len(ledger._trials()) == 16 and {state.state for state in ledger.arms().values()} == {"waiting"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -11,19 +12,23 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from grid_fakes import SETTING, make_plan
 from rich.console import Console
 
 from basd.errors import UserError
+from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.plan import Plan
 from basd.grid.run import Outcome, run_grid
 from basd.grid.status import print_status, status
+from basd.grid.worker import OPTIONS
 from basd.tracking.mlflow_store import open_client
 
 HERE = Path(__file__).parent
@@ -93,6 +98,7 @@ def test_trains_everything_once_and_then_nothing(options: GridOptions) -> None:
 GRID = """
 import sys
 from grid_fakes import make_plan
+from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.run import run_grid
 import json
@@ -102,8 +108,6 @@ print("ok" if outcome.ok else "not ok", outcome.interrupted)
 
 
 def start_grid(options: GridOptions, **plan: Any) -> subprocess.Popen[str]:
-    import json
-
     command = [sys.executable, "-c", GRID, json.dumps(options.to_dict()), json.dumps(plan)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -135,6 +139,66 @@ def test_interrupted_grid_checkpoints_and_goes_on(options: GridOptions) -> None:
     assert outcome.ok and outcome.trained == 2
     assert begun(plan, options) == [2, 2]
     assert Counter(r.info.status for r in mlflow_runs(options)) == {"FINISHED": 4}
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(options: GridOptions) -> None:
+    """The trainer does not hear that it should stop; without the second Ctrl-C the grid would wait for it."""
+    plan = make_plan(1, 1, steps=400, sleep=0.05)
+    grid = start_grid(options, rows=1, seeds=1, steps=400, sleep=0.05, deaf=True)
+    directory = options.arm_directory(SETTING, next(iter(plan.arms)))
+    wait_for(lambda: (directory / "checkpoint.pt").exists())
+    worker = psutil.Process(grid.pid).children()
+    assert grid.stdout is not None
+    grid.send_signal(signal.SIGINT)
+    assert any("Ctrl-C again to leave at once" in line for line in grid.stdout)
+    grid.send_signal(signal.SIGINT)
+    text = grid.communicate()[0]
+    assert text.splitlines()[-1] == "not ok True" and "again to go on from here" in text
+    assert worker and not any(process.is_running() for process in worker)
+    reached = json.loads((directory / "checkpoint.pt").read_text())["step"]
+    assert 0 < reached < 400
+    quick = make_plan(1, 1, steps=400)
+    outcome, _ = run(quick, options)
+    assert outcome.ok and outcome.mirrored
+    assert [int(step) for step in (directory / "trainings.txt").read_text().split()] == [0, reached]
+    (arm,) = [found for found in mlflow_runs(options) if "basd.arm_key" in found.data.tags]
+    points = open_client(options.tracking_uri).get_metric_history(arm.info.run_id, "train/loss")
+    assert sorted(point.step for point in points) == list(range(1, 401)) and arm.info.status == "FINISHED"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_goes_on_when_it_is_started_again(options: GridOptions, tmp_path: Path) -> None:
+    """SLURM's --requeue: SIGTERM, then the same command under the same job id."""
+    plan = make_plan(2, 1, steps=60, sleep=0.05)
+    path = plan.save(tmp_path / "plan.json")
+    environment = {**os.environ, OPTIONS: json.dumps(options.to_dict()), "SLURM_JOB_ID": "17"}
+    command = [sys.executable, "-m", "basd.grid.worker", "--plan", str(path), "--mirror"]
+    directories = [options.arm_directory(SETTING, key) for key in plan.arms]
+
+    def job() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+    first = job()
+    wait_for(lambda: all((directory / "checkpoint.pt").exists() for directory in directories))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 0
+    ledger = Ledger(options.ledger_url, SETTING)
+    states = ledger.arms().values()
+    assert {(state.state, state.retries) for state in states} == {("waiting", 0)}
+    reached = [json.loads((directory / "checkpoint.pt").read_text())["step"] for directory in directories]
+    assert job().wait() == 0
+    assert {state.state for state in ledger.arms().values()} == {"complete"}
+    begun = [[int(step) for step in (directory / "trainings.txt").read_text().split()] for directory in directories]
+    assert begun == [[0, step] for step in reached]
+    assert Counter(found.info.status for found in mlflow_runs(options)) == {"FINISHED": 4}
 
 
 @pytest.mark.slow

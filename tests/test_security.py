@@ -1,0 +1,443 @@
+"""What comes from elsewhere (weights, artifacts, plans, ledgers, tables, words) runs no code, leaves no folder, tells no password.
+
+Beside this file: pickled code in every form of a teacher's file (tests/models/test_checkpoints.py) and of CIFAR's release
+(tests/data/test_cifar.py), names of arms that are exported (tests/test_export.py), ports, images and secrets of the containers
+(tests/docker/test_docker.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent / "grid"))
+
+from grid_fakes import SETTING, make_arm, make_plan
+
+from basd.cli import main, parser
+from basd.compose import compose
+from basd.errors import UserError, without_passwords
+from basd.export import trained_student
+from basd.grid.ablations import load_ablation
+from basd.grid.finished import find_finished
+from basd.grid.ledger import Ledger
+from basd.grid.options import GridOptions
+from basd.grid.plan import Plan
+from basd.grid.run import Workers
+from basd.grid.storage import Database
+from basd.grid.worker import prepare
+from basd.models.checkpoints import read_checkpoint
+from basd.multirun import multirun, start_workers
+from basd.tracking.files import write_json
+from basd.tracking.journal import Journal
+from basd.tracking.mirror import Mirror
+from basd.tracking.mlflow_store import open_client, shown
+from basd.training.checkpoint import CURRENT, load_checkpoint
+from basd.training.teachers import _load_into
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for package in ("basd", "analysis") for path in (ROOT / package).rglob("*.py"))
+SECRET = "hunter2"
+
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.made),)
+
+
+# -- no code from files --------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(path: Path) -> str:
+    shutil.copy(path, path.parent / CURRENT)
+    state, sentence = load_checkpoint(path.parent)
+    assert state is None and sentence is not None
+    return sentence
+
+
+def _teacher(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(path)
+    return str(caught.value)
+
+
+def _cache(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        _load_into(torch.nn.Linear(2, 2), path)
+    return str(caught.value)
+
+
+def _student(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        trained_student(SimpleNamespace(weights=path, place="the arm", student={}))  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("read", [_checkpoint, _teacher, _cache, _student])
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_pickled_code_is_refused_in_a_sentence_and_never_runs(
+    read: Callable[[Path], str], form: str, tmp_path: Path
+) -> None:
+    made, path = tmp_path / "made", tmp_path / "weights"
+    if form == "torch":
+        torch.save({"step": 1, "extra": Code(made)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"extra": Code(made)}, protocol=2))
+    said = read(path)
+    assert said and "\n" not in said and not made.exists()
+
+
+def calls_of(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Every call with its dotted name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keyword_of(call: ast.Call, name: str) -> str:
+    return next((ast.unparse(word.value) for word in call.keywords if word.arg == name), "")
+
+
+def findings(path: Path, source: str) -> list[str]:
+    """Calls and names in a source that could run what a file, a server or a user's word says."""
+    tree = ast.parse(source)
+    found = []
+    for name, call in calls_of(tree):
+        last = name.rpartition(".")[2]
+        found += [name] if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen") else []
+        found += [name] if last in ("instantiate", "unsafe_load", "full_load", "load_all") else []
+        found += [name] if name in ("yaml.load", "joblib.load", "numpy.load", "np.load", "dill.load") else []
+        found += [name] if name == "torch.load" and keyword_of(call, "weights_only") != "True" else []
+        found += [f"{name} with a shell"] if keyword_of(call, "shell") not in ("", "False") else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("pickle", "cloudpickle", "dill"):
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "cloudpickle", "dill", "marshal", "shelve"):
+            found.append(f"from {node.module}")
+        if isinstance(node, ast.Constant) and node.value == "0.0.0.0":
+            found.append("an address that is open to the network")
+    return found
+
+
+# the error that torch.load raises, and an unpickler that calls nothing but NumPy's arrays, which test_cifar.py attacks
+ALLOWED = {
+    "basd/models/checkpoints.py": {"pickle.UnpicklingError"},
+    "basd/data/cifar.py": {"pickle.UnpicklingError", "pickle.Unpickler"},
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_source_runs_what_it_reads(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    assert set(findings(path, path.read_text())) <= ALLOWED.get(name, set())
+    assert "_target_" not in path.read_text() or name in ("basd/compose.py", "basd/multirun.py")  # both refuse it
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "pickle.loads(data)",
+        "from pickle import loads",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "eval(text)",
+        "hydra.utils.instantiate(config)",
+        "subprocess.run(text, shell=True)",
+        "serve(host='0.0.0.0')",
+    ],
+)
+def test_the_scan_finds_what_it_looks_for(line: str) -> None:
+    assert findings(Path("x.py"), line)
+
+
+PYTHON_TAG = "!!python/object/apply:os.mkdir"
+
+
+def test_a_table_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    table = tmp_path / "experiments" / "evil.yaml"
+    table.write_text(f"question: {PYTHON_TAG} [made]\nreference: a\nseeds: [0]\nrows: []\n")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        load_ablation("evil")
+    with pytest.raises(UserError):
+        main_refuses(["grid", "main", f"seeds={PYTHON_TAG} [made]"])
+    assert not (tmp_path / "made").exists()
+
+
+def main_refuses(arguments: list[str]) -> None:
+    """Raises the sentence that the command prints."""
+    from basd import cli
+
+    given, extra = cli._parse(parser(), arguments)
+    cli.COMMANDS[given.command](given, extra)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "selector._target_=os.system",
+        "+selector._target_=os.system",
+        "hydra.launcher._target_=os.system",
+        "hydra.launcher={_target_: os.system}",
+        "++hydra.sweeper._target_=os.system",
+    ],
+)
+def test_no_override_names_code_to_run(override: str) -> None:
+    with pytest.raises(UserError, match="names code to run"):
+        compose([override])
+    # here Hydra would call it
+    with pytest.raises(UserError, match="names code to run"):
+        multirun([override, "seed=0,1"], again=False)
+    with pytest.raises(UserError, match="names code to run"):
+        start_workers("main", ["worker=0,1", override])
+
+
+def test_presets_and_tables_are_plain_yaml() -> None:
+    files = [*(ROOT / "basd" / "conf").rglob("*.yaml"), *(ROOT / "experiments").glob("*.yaml")]
+    assert len(files) > 20
+    for path in files:
+        assert "_target_" not in path.read_text() and "!!" not in path.read_text()
+        yaml.safe_load(path.read_text())
+
+
+# -- the tracking server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_client(f"sqlite:///{path}")
+    return path
+
+
+def tracked_run(store: Path, tmp_path: Path, config: str, weights: bytes) -> str:
+    """A finished run that says it is an arm's, with these artifacts; its id."""
+    client = open_client(f"sqlite:///{store}")
+    experiment = client.create_experiment(tmp_path.name, artifact_location=(tmp_path / "artifacts").as_uri())
+    tags = {"basd.arm_key": "a" * 16, "basd.seed": "0", "basd.configuration_key": "c" * 16}
+    run_id = str(client.create_run(experiment, tags=tags).info.run_id)
+    for name, content in (("config.yaml", config.encode()), ("student.safetensors", weights)):
+        (tmp_path / name).write_bytes(content)
+        client.log_artifact(run_id, str(tmp_path / name))
+    client.set_terminated(run_id)
+    return run_id
+
+
+def test_nothing_from_the_server_is_unpickled_or_run(store: Path, tmp_path: Path) -> None:
+    made, scratch = tmp_path / "made", tmp_path / "scratch"
+    scratch.mkdir()
+    uri, runs = f"sqlite:///{store}", tmp_path / "runs"
+    evil = tracked_run(store, tmp_path, f"student: {PYTHON_TAG} [{made}]\ndata: {{}}\n", b"")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        find_finished(evil, runs, uri, None, scratch)
+    second = tmp_path / "second"
+    second.mkdir()
+    torch.save({"extra": Code(made)}, tmp_path / "w")
+    run_id = tracked_run(store, second, "student: {}\ndata: {}\n", (tmp_path / "w").read_bytes())
+    arm = find_finished(run_id, runs, uri, None, scratch)
+    with pytest.raises(UserError, match="cannot be read"):
+        trained_student(arm)
+    assert not made.exists()
+
+
+def test_artifacts_hold_nothing_from_outside_the_arm(store: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "key").write_text(SECRET)
+    directory = tmp_path / "runs" / SETTING / ("b" * 16)
+    prepare(make_arm(0, 0), directory)
+    (directory / "artifacts" / "figures").mkdir(parents=True)
+    (directory / "artifacts" / "figures" / "plain.txt").write_text("x")
+    (directory / "artifacts" / "folder").symlink_to(outside)
+    (directory / "artifacts" / "file").symlink_to(outside / "key")
+    journal = Journal(directory)
+    journal.metrics(1, {"train/loss": 1.0})
+    journal.end("complete", "", {"test/top1": 0.5})
+    shutil.copy(store, tmp_path / "mlflow.db")
+    mirror = Mirror(f"sqlite:///{tmp_path}/mlflow.db", interval=0.05)
+    mirror.add(directory)
+    assert mirror.drain(30.0), mirror.problem
+    sent = [path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()]
+    assert {path.name for path in sent} == {"plain.txt", "config.yaml"}
+
+
+# -- names that become paths ---------------------------------------------------------------------------------------------
+
+OUTSIDE = ["../x", "../../x", "/tmp/x", "..", ".", "", "a/b", "a\\..\\b", "a\nb", "~root"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_setting_or_an_arm_key_names_one_folder_in_runs(name: str) -> None:
+    options = GridOptions(directory="runs")
+    for place in (lambda: options.setting_directory(name), lambda: options.arm_directory(SETTING, name)):
+        with pytest.raises(UserError, match="cannot be the name"):
+            place()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", ""])
+@pytest.mark.parametrize("place", ["arm_key", "setting", "setting of an arm", "name", "hash", "cell"])
+def test_a_plan_that_was_tampered_with_is_no_plan(place: str, name: str, tmp_path: Path) -> None:
+    values = json.loads(json.dumps(make_plan(1, 1).to_dict()))
+    (arm,) = values["arms"].values()
+    if place == "arm_key":
+        values["arms"] = {name: {**arm, "arm_key": name}}
+        values["cells"] = {"row0": {"0": name}}
+    elif place == "setting of an arm":
+        arm["setting"] = name
+    elif place == "cell":
+        values["cells"]["row0"]["0"] = name
+    else:
+        values[place] = name
+    write_json(tmp_path / "plan.json", values)
+    with pytest.raises(UserError, match="is not a plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_ledger_that_was_tampered_with_leads_nowhere(tmp_path: Path) -> None:
+    """Arms are those of the plan; a key that stands in the ledger alone is never made a path that leaves runs/."""
+    plan, options = make_plan(1, 1), GridOptions(directory=str(tmp_path / "runs"))
+    evil = SimpleNamespace(**{**vars(make_arm(0, 1)), "arm_key": "../../x"})
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", SETTING)
+    ledger.ensure([*plan.arms.values(), evil], {}, "table")
+    assert ledger.claim(list(plan.arms), 9) == list(plan.arms)
+    ledger.close()
+    with pytest.raises(UserError, match="cannot be the name"):
+        options.arm_directory(SETTING, next(key for key in ledger.arms() if key not in plan.arms))
+
+
+@pytest.mark.parametrize("command", ["status", "report", "audit", "export"])
+@pytest.mark.parametrize("setting", ["../x", "/tmp", "..", "a/../../b"])
+def test_the_command_line_names_no_setting_outside(
+    command: str, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "main" if command != "export" else "abc", f"setting={setting}"]) == 2
+    assert "is not the name of a setting" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../main", "/etc/passwd", "experiments/main", "main.yaml"])
+def test_the_command_line_names_no_table_outside(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("plan", "grid", "worker", "audit", "sync", "report", "status"):
+        assert main([command, name]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_row_labels_and_names_of_runs_become_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    for name in ("../x", "a/b", ".hidden"):
+        text = f"question: q\nreference: a\nseeds: [0]\nrows:\n  - {{name: '{name}', overrides: [method=ce]}}\n"
+        (tmp_path / "experiments" / "evil.yaml").write_text(text)
+        with pytest.raises(UserError, match="the row name"):
+            load_ablation("evil")
+
+
+# -- addresses and passwords ---------------------------------------------------------------------------------------------
+
+ADDRESSES = [
+    f"postgresql://me:{SECRET}@host/name",
+    f"postgresql://me:{SECRET}@host:port/name",
+    f"postgresql://me:{SECRET}/x@host/name",
+    f"postgresql://me:a@{SECRET}@host/name",
+    f"postgres//me:{SECRET}@host/name",
+    f"postgresql://host/name?user=me&password={SECRET}",
+    f"mysql://me:{SECRET}@host/name",
+    f"http://me:{SECRET}@127.0.0.1:9",
+    f"http://me:{SECRET}@[bad",
+    f"ftp://:{SECRET}@host",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_sentence_shows_a_password(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert SECRET not in shown(address) and SECRET not in str(UserError(f"{address} does not answer"))
+    try:
+        with Database(address, timeout=1.0).errors():
+            raise OSError(f"could not open {address}")
+    except UserError as error:
+        assert SECRET not in str(error) and "ledger.url" in str(error)
+    said = without_passwords(
+        f"request to {address}/api failed; sqlite:///a@b.db and http://host:5000/x are as they were"
+    )
+    assert SECRET not in said and said.endswith("sqlite:///a@b.db and http://host:5000/x are as they were")
+
+
+def test_what_mlflow_throws_is_told_without_the_password(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """MLflow's own message names the whole address."""
+    from mlflow.exceptions import MlflowException
+
+    directory = tmp_path / SETTING / ("a" * 16)
+    prepare(make_arm(0, 0), directory)
+    journal = Journal(directory)
+    journal.end("complete")
+    address = f"http://me:{SECRET}@127.0.0.1:9"
+
+    def store(arm: Any) -> Any:
+        raise MlflowException(f"API request to {address}/api/2.0/mlflow/runs failed")
+
+    mirror = Mirror(address, interval=0.02)
+    mirror._store = store  # type: ignore[method-assign]
+    mirror.add(directory)
+    with caplog.at_level(logging.INFO):
+        assert not mirror.drain(0.3)
+    assert "does not take the results yet" in mirror.problem
+    assert SECRET not in mirror.problem + caplog.text
+
+
+def test_passwords_reach_neither_artifacts_tags_nor_the_list_of_processes(tmp_path: Path, store: Path) -> None:
+    arm = make_arm(0, 0)
+    arm.config.update(ledger={"url": ADDRESSES[0]}, tracking={"uri": ADDRESSES[0]})
+    directory = tmp_path / "runs" / SETTING / arm.arm_key
+    prepare(arm, directory)
+    assert SECRET not in (directory / "config.yaml").read_text()
+    journal = Journal(directory)
+    journal.end("failed", f"{UserError(f'no answer from {ADDRESSES[0]}')}")
+    shutil.copy(store, tmp_path / "mlflow.db")
+    mirror = Mirror(f"sqlite:///{tmp_path}/mlflow.db", interval=0.05)
+    mirror.add(directory)
+    assert mirror.drain(30.0), mirror.problem
+    sent = [tmp_path / "mlflow.db", *(path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file())]
+    assert len(sent) == 2 and not any(SECRET.encode() in path.read_bytes() for path in sent)
+
+
+def test_a_worker_is_not_told_addresses_on_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+
+    def start(command: list[str], **given: Any) -> Any:
+        started.update(command=command, **given)
+        return SimpleNamespace(pid=1)
+
+    monkeypatch.setattr("basd.grid.run.subprocess.Popen", start)
+    options = GridOptions(directory=str(tmp_path), ledger_url=ADDRESSES[0], processes=1, device="cpu")
+    Workers(tmp_path / "plan.json", options, tmp_path / "logs").start()
+    assert SECRET not in " ".join(started["command"]) and any(SECRET in value for value in started["env"].values())
+
+
+def test_commands_told_to_users_open_nothing_to_the_network() -> None:
+    """`mlflow ui` binds to loopback unless told otherwise."""
+    texts = [*(path.read_text() for path in SOURCES), (ROOT / "README.md").read_text()]
+    for text in texts:
+        for command in re.findall(r"(?:mlflow (?:ui|server)|optuna-dashboard)[^`\"'\n]*", text):
+            assert "--host" not in command and "0.0.0.0" not in command
