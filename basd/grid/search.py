@@ -94,6 +94,10 @@ class Search:
                 for trial in trials
                 if trial.state.name == "FAIL" and HOPELESS not in trial.user_attrs and trial.number not in again
             ]
+            states = self.ledger.arms()
+            arms = [self._arm(values) for trial in failed for values in _arms(trial).values()]
+            over = [arm for arm in arms if arm.arm_key in states and states[arm.arm_key].permanent]
+            self.ledger.ensure(over, {}, self.sweep.name, again=True)
             for trial in failed:
                 study.enqueue_trial(trial.params, user_attrs={RETRY: trial.number})
             return len(failed)

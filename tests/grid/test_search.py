@@ -267,11 +267,6 @@ def test_a_trial_that_diverged_tells_the_sampler_and_one_that_failed_is_tried_ag
     search = Search(sweep, options, preparer)
     assert search.retry_failed() == len(failed)
     assert search.retry_failed() == 0
-    end_again = [key for key, state in search.ledger.arms().items() if state.permanent]
-    search.open_batch()
-    plan = search.plan()
-    assert set(search.wanted()) <= set(end_again)
-    search.ledger.ensure([plan.arms[key] for key in search.wanted()], {}, "mine", again=True)
     trials = run(search, end)
     assert [trial.params for trial in trials[4:]] == [trial.params for trial in failed]
     assert "FAIL" not in {trial.state.name for trial in trials[4:]}
