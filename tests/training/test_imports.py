@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import basd
 
 FORBIDDEN = ("mlflow", "optuna", "hydra", "omegaconf", "pandas")
 
@@ -18,6 +22,19 @@ def test_training_imports_no_tracker_and_no_sweeper(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {FORBIDDEN!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_the_command_line_knows_the_analysis() -> None:
+    package = Path(basd.__file__).parent
+
+    def imported(path: Path) -> set[str]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        return names | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+
+    importing = {path.relative_to(package).parts[0] for path in package.rglob("*.py")
+                 if any(name.split(".")[0] == "analysis" for name in imported(path))}  # fmt: skip
+    assert importing == {"commands"}
 
 
 def test_help_imports_nothing_heavy() -> None:

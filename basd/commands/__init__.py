@@ -1,0 +1,1 @@
+"""What each command does. Part of the command line: the only rooms that know both basd and analysis."""

@@ -1,0 +1,142 @@
+"""sweep, and what the commands on tables do for sweeps."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from basd.commands.common import console, teacher_progress
+from basd.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Plan
+
+
+def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
+    import time
+    from contextlib import nullcontext
+
+    from basd.grid.display import duration
+
+    screen = console(given.quiet)
+    began = time.monotonic()
+    screen.print(f"Planning {given.name}.", markup=False)
+    # below the line above: these imports take seconds
+    from basd.grid.leases import leased
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Preparer
+    from basd.grid.sweep import run_sweep
+    from basd.grid.sweeps import load_sweep
+
+    wanted = load_sweep(given.name, overrides)
+    options = GridOptions.from_config(wanted.config)
+    progress = teacher_progress(screen, given.quiet)
+    here = given.command == "worker"
+    try:
+        with leased(options, partial(screen.print, markup=False)) if here else nullcontext():
+            outcome = run_sweep(wanted, options, Preparer(progress), console=screen, quiet=given.quiet, here=here)
+    finally:
+        progress.close()
+    for number, reason in outcome.failures.items():
+        screen.print(f"Trial {number} failed: {reason}", markup=False)
+    if outcome.interrupted:
+        screen.print(f"Run `basd sweep {given.name}` again to go on.", markup=False)
+        return 130
+    if not outcome.mirrored:
+        screen.print(f"Not everything is in MLflow yet: {outcome.mirror_problem}", markup=False)
+    if outcome.plan is not None:
+        files = sweep_report(outcome.plan, options, screen, Path(wanted.config.runtime.reports))
+        if outcome.mirrored:
+            publish_sweep_run(outcome.plan, options, screen, files)
+    left = f" and left {outcome.pruned} on their way" if outcome.pruned else ""
+    trained = f"Trained {outcome.trained} arms{left}"
+    if not outcome.trained and not outcome.pruned:
+        trained = "Nothing to train: every trial had ended"
+    screen.print(f"{trained}; {duration(time.monotonic() - began)} in all.", markup=False)
+    if outcome.stuck:
+        screen.print(f"{outcome.stuck}; run `basd sweep {given.name}` again to go on.", markup=False)
+    return 0 if outcome.mirrored and not outcome.stuck and not outcome.states["FAIL"] else 1
+
+
+def plan_sweep(given: argparse.Namespace, overrides: list[str], screen: Console) -> int:
+    screen.print(f"Planning {given.name}.", markup=False)
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Preparer
+    from basd.grid.search import Search
+    from basd.grid.sweep import print_sweep
+    from basd.grid.sweeps import load_sweep
+
+    wanted = load_sweep(given.name, overrides)
+    progress = teacher_progress(screen, given.quiet)
+    try:
+        search = Search(wanted, GridOptions.from_config(wanted.config), Preparer(progress))
+        print_sweep(screen, search, probing=not given.no_probe)
+    finally:
+        progress.close()
+    return 0
+
+
+def swept_plan(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
+    """The plan of a sweep's trials so far, with the options it runs under."""
+    from basd.grid.options import GridOptions
+    from basd.grid.plan import Preparer
+    from basd.grid.search import Search
+    from basd.grid.sweeps import load_sweep
+
+    wanted = load_sweep(given.name, overrides)
+    options = GridOptions.from_config(wanted.config)
+    search = Search(wanted, options, Preparer())
+    if not search.trials():
+        raise UserError(
+            f"the sweep {given.name} has no trial yet under this setting; run basd sweep {given.name} first."
+        )
+    return search.plan(), options
+
+
+def sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Path) -> list[Path]:
+    """Write and print the report of a sweep; returns the files."""
+    from analysis.sweeps import command, load_sweep, notes, to_rich, write_sweep_report
+
+    assert made.sweep is not None
+    result = load_sweep(options.ledger_url, made.sweep["study"])
+    paths = write_sweep_report(result, reports / made.setting)
+    screen.print(to_rich(result))
+    for trial in result.best[:3]:
+        screen.print(f"Best (trial {trial.number}): {command(result, trial)}", markup=False)
+    for note in notes(result):
+        screen.print(note, markup=False)
+    figures = sorted({path.stem.removeprefix(f"{made.name}.") for path in paths if path.suffix == ".pdf"})
+    written = [str(path) for path in paths if path.suffix not in (".pdf", ".png")]
+    screen.print(f"Written: {', '.join(written)}; figures {', '.join(figures)} beside them (PDF, PNG)", markup=False)
+    return paths
+
+
+def publish_sweep_run(made: Plan, options: GridOptions, screen: Console, files: list[Path]) -> None:
+    """The sweep's own run in MLflow; a failure is told and mended by the next call."""
+    from analysis.sweeps import load_sweep, tracked
+    from basd.grid.finished import first_line
+    from basd.tracking.sweep_run import publish_sweep
+
+    assert made.sweep is not None
+    result = load_sweep(options.ledger_url, made.sweep["study"])
+    keys = {row.configuration_key for row in made.rows}
+    lock = options.setting_directory(made.setting) / "mirror.lock"
+    try:
+        publish_sweep(
+            options.tracking_uri,
+            made.setting,
+            lock,
+            name=made.name,
+            configurations=keys,
+            files=files,
+            **tracked(result),
+        )
+    except Exception as error:
+        screen.print(
+            f"The run of the sweep is not in MLflow yet ({first_line(error)}); `basd sync {made.name}`.", markup=False
+        )
