@@ -202,13 +202,15 @@ def run_grid(
     *,
     only: Collection[str] | None = None,
     here: bool = False,
+    untracked: bool = False,
     console: Console | None = None,
     quiet: bool = False,
     retrain_stale: bool = False,
 ) -> Outcome:
     """Train every arm of the plan that is not complete, however often this was interrupted before.
 
-    `only`: of these arms. `here`: in this process instead of processes of their own. `retrain_stale`: complete arms that other
+    `only`: of these arms. `here`: in this process instead of processes of their own. `untracked`: also where the tracking store
+    does not answer at the beginning, as it may in the middle. `retrain_stale`: complete arms that other
     code trained are trained again, once. Several calls at once share the work.
     UserError when the ledger or the tracking store cannot be used.
     """
@@ -225,7 +227,7 @@ def run_grid(
     keys = list(plan.arms)
     states = ledger.arms(keys)
     before = {key for key, state in states.items() if state.state == "complete"}
-    if len(before) < len(keys) or (retrain_stale and stale_versions(plan, options, states)):
+    if not untracked and (len(before) < len(keys) or (retrain_stale and stale_versions(plan, options, states))):
         check_tracking(options.tracking_uri)
     plan_path = options.setting_directory(plan.setting) / "plans" / f"{plan.name}-{plan.hash}.json"
     whole.save(plan_path)

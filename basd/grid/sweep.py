@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from basd.errors import UserError
 from basd.grid.options import GridOptions
 from basd.grid.plan import Resources
-from basd.grid.run import Outcome, run_grid
+from basd.grid.run import Outcome, mirror_of, run_grid, sync
 from basd.grid.search import HOPELESS, REASON, Search
 from basd.grid.sweeps import OVER_EPOCHS, Sweep
 from basd.training.device import check_device
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from basd.config import Config
     from basd.grid.plan import Plan
 
-log = logging.getLogger("basd.sweep")
+# Seconds for a tracking store that was away to take the rest.
+PATIENCE = 120.0
 
 
 @dataclass
@@ -56,7 +56,7 @@ def run_sweep(
     check_device(sweep.config)
     search = Search(sweep, options, prepare)
     check_epochs(sweep, search.epochs, console)
-    outcome = SweepOutcome()
+    outcome, begun = SweepOutcome(), False
     again = search.retry_failed()
     if again:
         console.print(f"{again} trials failed before and are tried again.", markup=False)
@@ -71,9 +71,11 @@ def run_sweep(
             break
         outcome.plan = search.plan()
         numbers = [trial.number for trial in search.trials() if trial.state.name == "RUNNING"]
-        of_all = f"of {sweep.trials}" if max(numbers) < sweep.trials else ""
-        console.print(f"Trials {_listed(numbers)} {of_all}: {len(wanted)} arms.".replace(" :", ":"), markup=False)
-        done = run_grid(outcome.plan, options, only=wanted, here=here, console=console, quiet=quiet)
+        of_all = f" of {sweep.trials}" if max(numbers) < sweep.trials else ""
+        which = f"{'Trial' if len(numbers) == 1 else 'Trials'} {_listed(numbers)}{of_all}"
+        console.print(f"{which}: {len(wanted)} {'arm' if len(wanted) == 1 else 'arms'}.", markup=False)
+        done = run_grid(outcome.plan, options, only=wanted, here=here, untracked=begun, console=console, quiet=quiet)
+        begun = True
         search.settle()
         _take_over(outcome, done)
         if outcome.interrupted or outcome.stuck:
@@ -92,7 +94,21 @@ def run_sweep(
             outcome.stuck = outcome.stuck or str(error)
         else:
             outcome.plan.save()
+            # of earlier batches and earlier calls too
+            if not outcome.interrupted and mirror_of(outcome.plan, options, search.ledger).pending():
+                _send_rest(outcome, outcome.plan, options)
     return outcome
+
+
+def _send_rest(outcome: SweepOutcome, plan: Plan, options: GridOptions) -> None:
+    """What the tracking store did not take while it was away."""
+    try:
+        sent = sync(plan, options, PATIENCE)
+    except UserError as error:
+        outcome.mirrored = False
+        outcome.mirror_problem = f"{error}; the results are kept, `basd sync {plan.name}` sends them later"
+    else:
+        outcome.mirrored, outcome.mirror_problem = sent.mirrored, sent.mirror_problem
 
 
 def print_sweep(console: Console, search: Search, *, probing: bool) -> None:
@@ -155,7 +171,8 @@ def _take_over(outcome: SweepOutcome, done: Outcome) -> None:
     outcome.trained += done.trained
     outcome.pruned += len(done.pruned)
     outcome.interrupted = done.interrupted
-    outcome.mirrored, outcome.mirror_problem = done.mirrored, done.mirror_problem
+    if not done.mirrored:
+        outcome.mirrored, outcome.mirror_problem = False, done.mirror_problem
     if done.missing and not done.interrupted:
         outcome.stuck = f"{len(done.missing)} arms were not trained to their end"
 
