@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("basd.pruning")
 # User attribute of a trial: the epoch after which it was left.
 DECIDED = "pruned_after_epoch"
+# User attribute of the trial of the configuration that a sweep starts from: the others are compared with it to its end.
+START = "start"
 
 
 def epoch_pruner(settings: Mapping[str, Any], epochs: int) -> optuna.pruners.BasePruner:
@@ -89,7 +91,8 @@ class EpochPruner:
         if epoch in trial.intermediate_values:
             return ""
         storage.set_trial_intermediate_value(trial_id, epoch, value)
-        if not study.pruner.prune(study, storage.get_trial(trial_id)):
+        # asked for the start too: others compete with what it reached
+        if not study.pruner.prune(study, storage.get_trial(trial_id)) or START in trial.user_attrs:
             return ""
         storage.set_trial_user_attr(trial_id, DECIDED, epoch)
         return self._sentence(epoch)

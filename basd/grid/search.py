@@ -20,7 +20,7 @@ from basd.config import FrozenArm, digest
 from basd.errors import UserError
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.plan import Plan, PlanRow, Resources, freeze
-from basd.grid.pruning import epoch_pruner
+from basd.grid.pruning import START, epoch_pruner
 from basd.grid.space import combinations, overrides_of
 from basd.grid.sweeps import OVER_EPOCHS, Sweep
 from basd.training.arm import NON_FINITE
@@ -104,7 +104,7 @@ class Search:
 
     def _ask(self, study: optuna.Study, number: int, fixed: dict[str, Any] | None) -> None:
         if fixed is not None:
-            study.enqueue_trial(fixed)
+            study.enqueue_trial(fixed, user_attrs={START: True} if self.sweep.sampler.name != "grid" else None)
         study.sampler = make_sampler(self.sweep, number)
         asked = study.ask()
         self._begin(study, asked.number, asked._trial_id)
@@ -191,7 +191,8 @@ class Search:
             if not all(seed in known and known[seed].state == "complete" for seed in stage):
                 return
             reached = [known[seed] for seed in self.sweep.seeds[: self.sweep.seeds.index(stage[-1]) + 1]]
-            if self.sweep.pruner.name == "wilcoxon" and self._worse(study, trial, reached):
+            compared = self.sweep.pruner.name == "wilcoxon" and START not in trial.user_attrs
+            if compared and self._worse(study, trial, reached):
                 study.tell(trial.number, state=TrialState.PRUNED)
                 return
         values = {

@@ -326,7 +326,8 @@ def test_hyperband_leaves_the_trials_that_optunas_leaves(make, options, preparer
         reached = value(float(f"{trial.params['weighting.temperature']:.4g}"), trial.params["weighting.scale"])
         for epoch in range(1, 9):
             trial.report(reached * (1 - 0.5**epoch), epoch)
-            if trial.should_prune():
+            # the configuration that the sweep starts from is never left, but others compete with it
+            if trial.should_prune() and number > 0:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 order.append(epoch)
                 break
@@ -336,6 +337,19 @@ def test_hyperband_leaves_the_trials_that_optunas_leaves(make, options, preparer
     assert [t.intermediate_values.keys() for t in trials] == [t.intermediate_values.keys() for t in study.trials]
     assert order, "something was left"
     assert all("left by hyperband after epoch" in t.user_attrs["reason"] for t in trials if t.state.name == "PRUNED")
+
+
+def test_the_start_is_never_left(make, options, preparer: Preparer) -> None:
+    sweep = make("recipe.duration=9 epochs", "weighting.scale=first", pruner={"name": "median", "startup": 0}, trials=3, batch=1,
+                 sampler="random")  # fmt: skip
+    search = Search(sweep, options, preparer)
+    end = pruned_over_epochs(
+        search, 9, lambda config, epoch: -abs(config["weighting"]["temperature"] - 9.0) + epoch / 100
+    )
+    trials = run(search, end)
+    assert trials[0].params == {"weighting.temperature": 2.0} and trials[0].state.name == "COMPLETE"
+    wilcoxon = make("seeds=[0,1,2,3]", "weighting.scale=first", pruner="wilcoxon", trials=2, batch=2)
+    assert run(Search(wilcoxon, replaced(options, "w"), preparer))[0].state.name == "COMPLETE"
 
 
 def test_later_seeds_are_for_those_that_are_left(make, options, preparer: Preparer) -> None:
