@@ -214,7 +214,11 @@ def test_no_override_names_code_to_run(override: str) -> None:
 
 
 def test_presets_and_tables_are_plain_yaml() -> None:
-    files = [*(ROOT / "basd" / "conf").rglob("*.yaml"), *(ROOT / "experiments").glob("*.yaml")]
+    files = [
+        *(ROOT / "basd" / "conf").rglob("*.yaml"),
+        *(ROOT / "experiments").glob("*.yaml"),
+        *(ROOT / "sweeps").glob("*.yaml"),
+    ]
     assert len(files) > 20
     for path in files:
         assert "_target_" not in path.read_text() and "!!" not in path.read_text()
