@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from basd.errors import UserError
 
@@ -115,10 +115,17 @@ def _with_others(given: argparse.Namespace, extra: list[str]) -> int:
         return 2
 
 
+def command_of(name: str) -> Callable[[argparse.Namespace, list[str]], int]:
+    """The function behind a command."""
+    found: Callable[[argparse.Namespace, list[str]], int] = getattr(
+        importlib.import_module(f"basd.commands.{COMMANDS[name]}"), name
+    )
+    return found
+
+
 def _run(given: argparse.Namespace, extra: list[str]) -> int:
     try:
-        command = getattr(importlib.import_module(f"basd.commands.{COMMANDS[given.command]}"), given.command)
-        return int(command(given, extra))
+        return command_of(given.command)(given, extra)
     except UserError as error:
         print(f"basd: {error}", file=sys.stderr)
         return 2

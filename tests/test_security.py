@@ -190,7 +190,7 @@ def main_refuses(arguments: list[str]) -> None:
     from basd import cli
 
     given, extra = cli._parse(parser(), arguments)
-    cli.COMMANDS[given.command](given, extra)
+    cli.command_of(given.command)(given, extra)
 
 
 @pytest.mark.parametrize(

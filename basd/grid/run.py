@@ -382,9 +382,9 @@ def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, di
 def _stop(plan: Plan, workers: Workers, display: Display) -> None:
     """Ask the workers to checkpoint; a second Ctrl-C does not wait for them."""
     display.close()
-    display.say("Stopping: the arms in training are being checkpointed (Ctrl-C again to leave at once).")
-    workers.signal(signal.SIGTERM)
     try:
+        display.say("Stopping: the arms in training are being checkpointed (Ctrl-C again to leave at once).")
+        workers.signal(signal.SIGTERM)
         gone = workers.wait(PATIENCE)
     except KeyboardInterrupt:
         gone = False

@@ -29,6 +29,7 @@ from basd.grid.leases import Device, LeasedError, leased, take, visible_devices
 from basd.grid.options import GridOptions
 from basd.grid.plan import Plan
 from basd.grid.run import Outcome, run_grid
+from basd.grid.worker import OPTIONS
 
 HERE = Path(__file__).parent
 GPUS = ["GPU-aa", "GPU-ab"]
@@ -279,10 +280,9 @@ def start_worker(options: GridOptions, tmp_path: Path, **made: Any) -> subproces
         "basd.grid.worker",
         "--plan",
         str(path),
-        "--options",
-        json.dumps(options.to_dict()),
     ]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, OPTIONS: json.dumps(options.to_dict())}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def line_with(text: str, process: subprocess.Popen[str]) -> str:
