@@ -253,6 +253,10 @@ def read_artifact(uri: str, run: Run, name: str) -> bytes | None:
     if parts.scheme in ("", "file"):
         path = Path(urllib.parse.unquote(parts.path)) / name
         return path.read_bytes() if path.is_file() else None
+    if parts.scheme == "mlflow-artifacts" and not uri.startswith("http"):
+        raise UserError(
+            f"The artifacts of {shown(uri)} are kept by its MLflow server; read through it, tracking.uri=http://HOST:PORT"
+        )
     import tempfile
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -197,6 +197,19 @@ def test_a_file_that_is_no_mixture_is_one_sentence(store: Written) -> None:
     client.delete_run(run)
 
 
+def test_artifacts_that_a_server_keeps_are_read_through_it(store: Written) -> None:
+    with sa.create_engine(store.uri).begin() as connection:
+        change = sa.text("UPDATE runs SET artifact_uri = :to WHERE run_uuid = :run")
+        before = connection.scalar(
+            sa.text("SELECT artifact_uri FROM runs WHERE run_uuid = :run"), {"run": store.basd_0}
+        )
+        connection.execute(change, {"to": "mlflow-artifacts:/1/x", "run": store.basd_0})
+    with pytest.raises(UserError, match="kept by its MLflow server; read through it, tracking.uri=http://"):
+        analysis.selector_history("losses", tracking_uri=store.uri)
+    with sa.create_engine(store.uri).begin() as connection:
+        connection.execute(change, {"to": before, "run": store.basd_0})
+
+
 def test_reading_cannot_write(written: Written) -> None:
     reader = SqlRuns(written.uri)
     with pytest.raises(sa.exc.DBAPIError, match="read-?only"), reader._moment():
