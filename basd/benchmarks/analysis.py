@@ -94,42 +94,24 @@ def write_store(path: Path, runs: int) -> str:
             database.executemany(f"INSERT INTO {table} ({columns}) VALUES ({places})", rows)
 
         ids = [f"{number:032x}" for number in range(runs)]
+        constant = ("LOCAL", "basd", "basd", "FINISHED", "active", "")
         insert(
             "runs",
-            "run_uuid, experiment_id, name, source_type, source_name, user_id, status, start_time, end_time, "
-            "lifecycle_stage, artifact_uri",
-            (
-                (
-                    run,
-                    experiment,
-                    _name(i),
-                    "LOCAL",
-                    "basd",
-                    "basd",
-                    "FINISHED",
-                    _ENDED + i,
-                    _ENDED + i + 1,
-                    "active",
-                    "",
-                )
-                for i, run in enumerate(ids)
-            ),
+            "source_type, source_name, user_id, status, lifecycle_stage, artifact_uri, "
+            "run_uuid, experiment_id, name, start_time, end_time",
+            ((*constant, run, experiment, _name(i), _ENDED + i, _ENDED + i + 1) for i, run in enumerate(ids)),
         )
         tags = ((run, key, value) for i, run in enumerate(ids) for key, value in _tags(i).items())
         insert("tags", "run_uuid, key, value", tags)
         params = ((run, key, f"{key}-{i // SEEDS % 7}") for i, run in enumerate(ids) for key in PARAMS)
         insert("params", "run_uuid, key, value", params)
-        columns = "run_uuid, key, value, timestamp, step, is_nan"
         for table in ("metrics", "latest_metrics"):
-            insert(
-                table,
-                columns,
-                (
-                    (run, key, math.sin(i * len(METRICS) + k), _ENDED + i, 1000, False)
-                    for i, run in enumerate(ids)
-                    for k, key in enumerate(METRICS)
-                ),
+            points = (
+                (run, key, math.sin(i * len(METRICS) + k), _ENDED + i, 1000, False)
+                for i, run in enumerate(ids)
+                for k, key in enumerate(METRICS)
             )
+            insert(table, "run_uuid, key, value, timestamp, step, is_nan", points)
     database.close()
     return experiment
 

@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from basd.errors import UserError
-from basd.grid.audit_records import (
-    JournalRecord,
-    Run,
-    Tracked,
-    compare_points,
-    few,
-    read_journal,
-    same,
-)
+from basd.grid.audit_records import JournalRecord, Run, Tracked, compare_points, few, read_journal, same
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
 from basd.grid.versions import is_leftover, trained_version, version_in
