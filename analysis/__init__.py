@@ -1,9 +1,11 @@
-"""From MLflow runs to frames, statistics and tables: `load` the arms of a table, `compare` its rows, `write_report`.
+"""From MLflow runs to frames, statistics and tables: `load` the arms of a table, `compare` its rows, `write_report`;
+`histories`, `weight_history` and `selector_history` tell how the arms went.
 
 The modules imported here are light; mlflow, pandas, scipy and rich are imported when a function first needs them.
-(`load` the function deliberately covers `load` the module, so that `analysis.load("losses")` works.)
+(`load` and `histories` the functions deliberately cover the modules of these names, so that `analysis.load("losses")` works.)
 """
 
+from analysis.histories import histories, selector_history, weight_history
 from analysis.load import load
 from analysis.report import Report, write_report
 from analysis.statistics import Comparison, compare
@@ -18,7 +20,10 @@ __all__ = [
     "Table",
     "build_table",
     "compare",
+    "histories",
     "load",
     "metric",
+    "selector_history",
+    "weight_history",
     "write_report",
 ]

@@ -237,7 +237,9 @@ def compare(
             f"No arm of these rows has finished yet ({', '.join(names)}): `basd status` shows how far they are."
         )
     if metric not in frame.columns:
-        raise UserError(_no_such_metric(metric, [str(column) for column in frame.columns]))
+        from analysis.load import COLUMNS
+
+        raise UserError(no_such_metric(metric, {str(column) for column in frame.columns} - set(COLUMNS)))
     values: dict[str, dict[int, float]] = {name: {} for name in names}
     runs: dict[str, dict[int, str]] = {name: {} for name in names}
     for row, seed, run, value in zip(
@@ -259,12 +261,11 @@ def compare(
     )
 
 
-def _no_such_metric(metric: str, columns: Sequence[str]) -> str:
-    from analysis.load import COLUMNS
-
-    known = sorted(set(columns) - set(COLUMNS))
-    near = difflib.get_close_matches(metric, known, n=3, cutoff=0.5)
+def no_such_metric(metric: str, known: Collection[str]) -> str:
+    """A sentence with the names that the runs have and that are nearest to the one they do not have."""
+    names = sorted(known)
+    near = difflib.get_close_matches(metric, names, n=3, cutoff=0.5)
     if near:
         return f"The runs have no metric '{metric}'; the nearest they have: {', '.join(near)}."
-    listed = ", ".join([*known[:12], *["…"] * (len(known) > 12)]) or "none"
+    listed = ", ".join([*names[:12], *["…"] * (len(names) > 12)]) or "none"
     return f"The runs have no metric '{metric}'; they have: {listed}."

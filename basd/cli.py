@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from basd.errors import UserError
 
-BENCHMARKS = ("taps", "step", "cohort", "data")
+BENCHMARKS = ("taps", "step", "cohort", "data", "analysis")
 OVERRIDES_HELP = "settings as KEY=VALUE, such as method=ce selector=uniform losses.rsd.kappa=0.02 seed=1"
 
 

@@ -25,7 +25,13 @@ def bench(given: argparse.Namespace, overrides: list[str]) -> int:
         screen.print(f"Measuring {given.what}; nothing else should run meanwhile.", markup=False)
     from basd.benchmarks.display import print_report, write_json
 
-    found = importlib.import_module(f"basd.benchmarks.{given.what}").run(overrides, repeats)
+    # of basd only the command line knows the analysis, so it is handed to the benchmark
+    handed = {}
+    if given.what == "analysis":
+        import analysis
+
+        handed["load"] = analysis.load
+    found = importlib.import_module(f"basd.benchmarks.{given.what}").run(overrides, repeats, **handed)
     if given.json != "-":
         print_report(screen, found)
     if given.json:

@@ -11,22 +11,13 @@ import dataclasses
 import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from basd.errors import UserError
-from basd.grid.audit_records import (
-    JournalRecord,
-    Run,
-    Tracked,
-    compare_points,
-    few,
-    open_runs,
-    read_journal,
-    same,
-    unreadable,
-)
+from basd.grid.audit_records import JournalRecord, Run, Tracked, compare_points, few, read_journal, same
 from basd.grid.ledger import ArmState, Ledger
 from basd.grid.options import GridOptions
 from basd.grid.versions import is_leftover, trained_version, version_in
@@ -158,7 +149,8 @@ def audit_plan(plan: Plan, options: GridOptions, installed: str | None = None) -
         from basd.version import code_version
 
         installed = code_version()
-    return _Auditor(plan, options, installed).audit()
+    with closing(_Auditor(plan, options, installed)) as auditor:
+        return auditor.audit()
 
 
 class _Auditor:
@@ -198,8 +190,7 @@ class _Auditor:
         for key in self.plan.arms:
             self._arm(key)
         self._configurations()
-        runs = self.tracked.runs if self.tracked and self.states is not None else []
-        for run in sorted(runs, key=lambda run: (run.started, run.run_id)):
+        for run in self.tracked.runs if self.tracked and self.states is not None else []:
             if run.status in UNENDED and "basd.run" not in run.tags:  # of a repetition nobody knows who owns it
                 self._unended(run, self.states or {})
         return Audit(
@@ -214,6 +205,11 @@ class _Auditor:
             problems=self.problems,
             notes=self._notes(),
         )
+
+    def close(self) -> None:
+        if self.tracked is not None:
+            self.tracked.close()
+            self.tracked = None
 
     # Reading
 
@@ -234,20 +230,19 @@ class _Auditor:
 
     def _read_mlflow(self) -> None:
         try:
-            self.tracked = open_runs(self.options.tracking_uri, self.plan.setting)
+            self.tracked = Tracked(self.options.tracking_uri, self.plan.setting)
         except UserError as error:
             self._without_mlflow(error)
             return
-        ordered = sorted(self.tracked.runs, key=lambda run: (run.started, run.run_id))
-        for run in sorted(ordered, key=lambda run: run.status != "FINISHED"):
+        for run in sorted(self.tracked.runs, key=lambda run: run.status != "FINISHED"):
             if "basd.arm_key" in run.tags and not run.beside:
                 self.runs.setdefault(run.tags["basd.arm_key"], []).append(run)
-        for run in ordered:
+        for run in self.tracked.runs:
             if "basd.arm_key" not in run.tags and "basd.configuration_key" in run.tags:
                 self.parents.setdefault(run.tags["basd.configuration_key"], []).append(run)
 
     def _without_mlflow(self, error: UserError) -> None:
-        self.tracked = None
+        self.close()
         self.problems.append(f"MLflow was not audited, or not all of it. {error}")
 
     # One arm
@@ -378,13 +373,14 @@ class _Auditor:
         if record is not None:
             try:
                 points = self.tracked.points(run)
-            except Exception as error:  # the store failed us on the way
-                self._without_mlflow(unreadable(self.options.tracking_uri, error))
+            except UserError as error:
+                self._without_mlflow(error)
                 return
             behind, differences = compare_points(record, run, points, mirrored)
             late, wrong = late + behind, wrong + differences
+        finals = run.finals()
         for name, value in (state.metrics if state else {}).items():
-            last = run.final(name)
+            last = finals.get(name)
             if last is None and record is None:
                 wrong.append(f"its MLflow run lacks {name}")
             elif last is not None and not same(last, value) and not late:

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-import sqlite3
-import urllib.parse
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from basd.errors import UserError
 from basd.tracking.journal import Event, read_events
-from basd.tracking.mirror import check_tracking
-from basd.tracking.mlflow_store import SUPERSEDED, open_client, shown, sqlite_path
+from basd.tracking.runs import NONFINITE, Run, open_runs, reading
 
-BESIDE = ("basd.again", "basd.run", SUPERSEDED)  # tags of runs that stand beside the ledger's
-NONFINITE = "basd.nonfinite."
 # clocks and system load: a stretch that was trained twice measures them anew, and MLflow keeps the first
 MEASURED = ("time/", "system/")
-STORED_INFINITY = 1.79e308  # MLflow's SQL stores hold an infinity as the largest double
-WAY_OUT = "set tracking.uri=… to where the runs are; `basd sync` fills a new store from the journals"
-Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
 
 
 def few(items: Iterable[str], shown: int = 3) -> str:
@@ -142,146 +133,40 @@ def expected_steps(total_steps: int, config: Mapping[str, Any]) -> dict[str, set
 # -- MLflow ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that is not deleted."""
-
-    run_id: str
-    name: str
-    status: str
-    started: int
-    tags: dict[str, str]
-    latest: dict[str, tuple[float, int]]  # metric -> last value and its step, which reports read
-
-    @property
-    def beside(self) -> bool:
-        """It stands beside the ledger's runs and counts in no table."""
-        return any(tag in self.tags for tag in BESIDE)
-
-    def final(self, name: str) -> float | None:
-        """The last value of a metric; a mark that it was not finite counts from its step on."""
-        value, step = self.latest.get(name, (None, -1))
-        mark = re.match(r"(nan|-?inf) at step (\d+)", self.tags.get(NONFINITE + name, ""))
-        if mark and int(mark[2]) > step:
-            return float(mark[1])
-        return math.copysign(math.inf, value) if value is not None and abs(value) >= STORED_INFINITY else value
+Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
 
 
-class Tracked(Protocol):
-    """The runs of one experiment."""
+class Tracked:
+    """The runs of one experiment, by start; none where it does not exist. UserError when the store cannot be read."""
 
-    runs: list[Run]
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = uri
+        self._reader = open_runs(uri)
+        try:
+            with reading(uri):
+                self.runs = self._read(experiment)
+        except UserError:
+            self.close()
+            raise
+
+    def _read(self, experiment: str) -> list[Run]:
+        found = next((one for one in self._reader.experiments() if one.name == experiment), None)
+        if found is not None and found.stage != "active":
+            raise UserError(
+                f"The MLflow experiment {experiment} is deleted; run `mlflow experiments restore -x {found.number}`"
+            )
+        return self._reader.runs(found.number) if found is not None else []
 
     def points(self, run: Run) -> Points:
         """Every point of every metric of a run."""
-
-
-class SqliteRuns:
-    """Read from the tables: thousands of points in a moment, and no store is created or migrated."""
-
-    def __init__(self, path: Path, experiment: str) -> None:
-        # not mode=ro: after a killed writer SQLite has to undo half a transaction before it can read
-        self._database = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=rw", uri=True, timeout=30.0)
-        self._database.execute("PRAGMA query_only = ON")
-        chosen = (
-            "SELECT run_uuid FROM runs JOIN experiments USING (experiment_id) "
-            "WHERE experiments.name = ? AND runs.lifecycle_stage = 'active'"
-        )
-        for number, stage in self._all(
-            "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?", experiment
-        ):
-            _check_stage(experiment, number, stage)
-        tags: dict[str, dict[str, str]] = {}
-        for run, key, value in self._all(
-            f"SELECT run_uuid, key, value FROM tags WHERE run_uuid IN ({chosen})", experiment
-        ):
-            tags.setdefault(run, {})[key] = value
-        latest: dict[str, dict[str, tuple[float, int]]] = {}
-        query = f"SELECT run_uuid, key, value, is_nan, step FROM latest_metrics WHERE run_uuid IN ({chosen})"
-        for run, key, value, is_nan, step in self._all(query, experiment):
-            latest.setdefault(run, {})[key] = (math.nan if is_nan else float(value), step)
-        query = f"SELECT run_uuid, name, status, start_time FROM runs WHERE run_uuid IN ({chosen})"
-        self.runs = [
-            Run(run, name or "", status, started or 0, tags.get(run, {}), latest.get(run, {}))
-            for run, name, status, started in self._all(query, experiment)
-        ]
-
-    def _all(self, query: str, value: str) -> list[tuple[Any, ...]]:
-        return self._database.execute(query, (value,)).fetchall()
-
-    def points(self, run: Run) -> Points:
         found: Points = {}
-        query = "SELECT key, step, value, is_nan FROM metrics WHERE run_uuid = ?"
-        for key, step, value, is_nan in self._all(query, run.run_id):
-            found.setdefault(key, {}).setdefault(step, []).append(math.nan if is_nan else float(value))
+        with reading(self.uri):
+            for point in self._reader.points([run]):
+                found.setdefault(point.metric, {}).setdefault(point.step, []).append(point.value)
         return found
 
-
-class ClientRuns:
-    """Read through MLflow's client, from a server or any other store."""
-
-    def __init__(self, uri: str, experiment: str) -> None:
-        check_tracking(uri)
-        parts = urllib.parse.urlsplit(uri)
-        directory = Path(urllib.parse.unquote(parts.path) if parts.scheme else uri)
-        if parts.scheme in ("", "file") and not directory.is_dir():  # the client would create it
-            raise UserError(f"The tracking directory {directory} does not exist; {WAY_OUT}")
-        self.client = open_client(uri)
-        self.runs = []
-        found = self.client.get_experiment_by_name(experiment)
-        if found is not None:
-            _check_stage(experiment, found.experiment_id, found.lifecycle_stage)
-        token = None
-        while found is not None:
-            page = self.client.search_runs([found.experiment_id], page_token=token)
-            self.runs += [self._run(run) for run in page]
-            token = page.token
-            if not token:
-                break
-
-    @staticmethod
-    def _run(run: Any) -> Run:
-        latest = {metric.key: (float(metric.value), int(metric.step)) for metric in run.data._metric_objs}
-        info = run.info
-        return Run(info.run_id, info.run_name or "", info.status, info.start_time or 0, dict(run.data.tags), latest)
-
-    def points(self, run: Run) -> Points:
-        found: Points = {}
-        with ThreadPoolExecutor(8) as pool:  # one request for each metric
-            for history in pool.map(lambda name: self.client.get_metric_history(run.run_id, name), run.latest):
-                for metric in history:
-                    found.setdefault(metric.key, {}).setdefault(int(metric.step), []).append(float(metric.value))
-        return found
-
-
-def _check_stage(experiment: str, number: Any, stage: str) -> None:
-    if stage != "active":
-        raise UserError(f"The MLflow experiment {experiment} is deleted; run `mlflow experiments restore -x {number}`")
-
-
-def open_runs(uri: str, experiment: str) -> Tracked:
-    """The runs of an experiment; none where it does not exist. UserError when the store cannot be read."""
-    path = sqlite_path(uri)
-    try:
-        if path is None:
-            return ClientRuns(uri, experiment)
-        if not path.exists():
-            raise UserError(f"The tracking store {path} does not exist; {WAY_OUT}")
-        return SqliteRuns(path, experiment)
-    except UserError:
-        raise
-    except Exception as error:  # SQLite's, HTTP's and MLflow's errors alike: the store failed us
-        raise unreadable(uri, error) from error
-
-
-def unreadable(uri: str, error: Exception) -> UserError:
-    """What a store threw, in a sentence."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return (
-        error
-        if isinstance(error, UserError)
-        else UserError(f"MLflow at {shown(uri)} cannot be read ({first}); {WAY_OUT}")
-    )
+    def close(self) -> None:
+        self._reader.close()
 
 
 def compare_points(record: JournalRecord, run: Run, points: Points, mirrored: bool) -> tuple[int, list[str]]:

@@ -54,7 +54,10 @@ def check_tracking(uri: str, timeout: float = 4.0) -> None:
     path = sqlite_path(uri)
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        _check_http(uri, timeout)
+        if problem := http_problem(uri, timeout):
+            raise UserError(
+                f"The MLflow server {shown(uri)} does not answer ({problem}); start it or choose another with tracking.uri=…"
+            )
     elif path is not None:
         _check_sqlite(uri, path)
     elif parts.scheme in ("", "file"):
@@ -66,19 +69,16 @@ def check_tracking(uri: str, timeout: float = 4.0) -> None:
         raise UserError(f"tracking.uri={shown(uri)} is no MLflow address; use sqlite:///FILE or http://HOST:PORT")
 
 
-def _check_http(uri: str, timeout: float) -> None:
+def http_problem(uri: str, timeout: float = 4.0) -> str:
+    """Why a server does not answer within the seconds of `timeout`; "" where it does."""
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=timeout):
-            return
+            return ""
     except urllib.error.HTTPError as error:
-        if error.code < 500:  # it answers; a proxy may hide or guard /health
-            return
-        reason = f"it answered {error.code}"
+        # below 500 it answers; a proxy may hide or guard /health
+        return f"it answered {error.code}" if error.code >= 500 else ""
     except (OSError, ValueError) as error:
-        reason = str(getattr(error, "reason", error))
-    raise UserError(
-        f"The MLflow server {shown(uri)} does not answer ({reason}); start it or choose another with tracking.uri=…"
-    )
+        return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 def _check_sqlite(uri: str, path: Path) -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tiny import TINY
 
+import analysis
+from basd.benchmarks import analysis as reading
 from basd.benchmarks import cohort, data, step, taps
 from basd.benchmarks.timing import Times, alternate
 from basd.cli import main
+from basd.errors import UserError
+from basd.tracking.mlflow_store import open_client
+from basd.tracking.runs import PAGE, ApiRuns, open_runs
 
 SMALL = [
     *(text for text in TINY if not text.startswith(("recipe.duration", "recipe.validate_every"))),
@@ -78,6 +85,49 @@ def test_data(tmp_path: Path) -> None:
     waits = {ratio.name: ratio.value for ratio in report.ratios}
     assert set(waits) == {"data wait of digits ÷ step", "data wait of folder of JPEGs ÷ step"}
     assert all(0 <= value <= 1 for value in waits.values())
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking store without runs; making one takes seconds, copying it does not."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    open_client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def copied(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("basd.tracking.mlflow_store._create", lambda path: shutil.copy(empty, path))
+
+
+@pytest.mark.usefixtures("copied")
+def test_analysis() -> None:
+    """More runs than a page of MLflow's API holds: the frames that are timed are compared run by run."""
+    report = reading.run([], 1, analysis.load, runs=PAGE + 1)
+    assert [measure.name for measure in report.measures] == ["analysis.load", "mlflow.search_runs"]
+    assert report.settings["runs"] == 1001 and report.ratios[0].reach == "≥ 10"
+    with pytest.raises(UserError, match="selector=uniform does nothing"):
+        reading.run(["selector=uniform"], 1, analysis.load)
+
+
+def test_a_frame_that_lacks_a_run_or_a_bit_is_not_timed() -> None:
+    ours = pd.DataFrame({"run_id": ["a", "b"], **{name: [0.25, 0.5] for name in reading.METRICS}})
+    theirs = pd.DataFrame({"run_id": ["b", "a"], **{f"metrics.{name}": [0.5, 0.25] for name in reading.METRICS}})
+    reading._agree(ours, theirs)
+    other = theirs.replace(0.25, math.nextafter(0.25, 1.0))
+    for pair in ((ours.head(1), theirs), (ours, other)):
+        with pytest.raises(AssertionError, match="read different values"):
+            reading._agree(*pair)
+
+
+@pytest.mark.usefixtures("copied")
+def test_the_api_gives_all_pages_too(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    experiment = reading.write_store(tmp_path / "mlflow.db", PAGE + 1)
+    by_tables, by_api = open_runs(uri), ApiRuns(uri)
+    found = by_api.runs(experiment)
+    assert len(found) == PAGE + 1 and found == by_tables.runs(experiment)
+    by_tables.close()
 
 
 def test_the_command_prints_ratios_or_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from basd.cli import main
 from basd.errors import UserError
 from basd.grid.audit import Audit, audit_plan, print_audit
-from basd.grid.audit_records import ClientRuns, SqliteRuns, expected_steps, read_journal
+from basd.grid.audit_records import Tracked, expected_steps, read_journal
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.plan import Plan
@@ -33,6 +33,8 @@ from basd.tracking.files import read_json, write_json
 from basd.tracking.journal import Journal
 from basd.tracking.mirror import Mirror
 from basd.tracking.mlflow_store import fingerprint, open_client
+from basd.tracking.runs import ApiRuns
+from basd.tracking.sql_runs import SqlRuns
 
 STEPS = 6
 PLAN = make_plan(2, 2, steps=STEPS)
@@ -164,15 +166,12 @@ def test_intact_table_is_in_order_and_nothing_is_touched(table: Table) -> None:
     assert content() == before
 
 
-def test_server_and_tables_read_the_same(table: Table) -> None:
-    by_client = ClientRuns(table.options.tracking_uri, SETTING)
-    by_tables = SqliteRuns(table.root / "mlflow.db", SETTING)
-
-    def by_id(runs: Any) -> list[Any]:
-        return sorted(runs.runs, key=lambda run: run.run_id)
-
+def test_server_and_tables_read_the_same(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_tables = Tracked(table.options.tracking_uri, SETTING)
+    monkeypatch.setattr("basd.grid.audit_records.open_runs", ApiRuns)
+    by_client = Tracked(table.options.tracking_uri, SETTING)
     assert len(by_tables.runs) == 6
-    assert by_id(by_client) == by_id(by_tables)
+    assert by_client.runs == by_tables.runs
     for run in by_tables.runs:
         assert by_client.points(run) == by_tables.points(run)
     assert by_tables.points(next(r for r in by_tables.runs if r.run_id == table.run_id(0)))["val/top1"] == {
@@ -368,11 +367,11 @@ def test_arms_of_a_dead_server_are_sent_later(table: Table) -> None:
 
 
 def test_store_that_fails_on_the_way_is_a_sentence(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    def points(self: Any, run: Any) -> Any:
+    def points(self: Any, runs: Any) -> Any:
         raise sqlite3.OperationalError("database is locked")
 
     table.edit_journal(3, lambda lines: lines[:-1])
-    monkeypatch.setattr(SqliteRuns, "points", points)
+    monkeypatch.setattr(SqlRuns, "points", points)
     audit = table.audit()
     assert len(audit.problems) == 1 and "cannot be read (database is locked)" in audit.problems[0]
     assert audit.complete == 4 and [finding.subject for finding in audit.findings] == [KEYS[3]]
