@@ -4,10 +4,12 @@ The modules imported here are light; mlflow, pandas, scipy and rich are imported
 (`load` the function deliberately covers `load` the module, so that `analysis.load("losses")` works.)
 """
 
+from analysis.index import write_index
+from analysis.layout import Layout, LayoutRow, Metric, Reported, metric
 from analysis.load import load
 from analysis.report import Report, write_report
 from analysis.statistics import Comparison, compare
-from analysis.tables import Layout, LayoutRow, Metric, Table, build_table, metric
+from analysis.tables import Table, build_table
 
 __all__ = [
     "Comparison",
@@ -15,10 +17,12 @@ __all__ = [
     "LayoutRow",
     "Metric",
     "Report",
+    "Reported",
     "Table",
     "build_table",
     "compare",
     "load",
     "metric",
+    "write_index",
     "write_report",
 ]

@@ -199,7 +199,7 @@ def test_files_are_written_twice_alike(study: Study, tmp_path: Path) -> None:
     paths = write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "one")
     again = write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "two")
     assert [path.name for path in paths] == [path.name for path in again]
-    assert {path.suffix for path in paths} == {".md", ".csv", ".pdf", ".png"}
+    assert {path.suffix for path in paths} == {".md", ".csv", ".json", ".pdf", ".png"}
     assert {path.name.split(".")[1] for path in paths if path.suffix == ".png"} == {
         "history",
         "importance",
@@ -236,7 +236,7 @@ def test_nothing_complete_is_a_report_too(tmp_path: Path) -> None:
     result = load_sweep(study.url, STUDY)
     assert result.best == [] and result.first is None
     assert "1 running" in to_markdown(result) and to_rich(result).row_count == 1
-    assert {path.suffix for path in write_sweep_report(result, tmp_path / "reports")} == {".md", ".csv"}
+    assert {path.suffix for path in write_sweep_report(result, tmp_path / "reports")} == {".md", ".csv", ".json"}
 
 
 def test_what_is_not_there_is_one_sentence(study: Study, tmp_path: Path) -> None:
