@@ -34,7 +34,7 @@ _LATEX = {
     "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "÷": r"$\div$", "→": r"$\to$", "←": r"$\leftarrow$", "↔": r"$\leftrightarrow$",
     "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "≠": r"$\ne$", "∞": r"$\infty$", "√": r"$\surd$", "∈": r"$\in$",
     "·": r"$\cdot$", "•": r"$\bullet$", "°": r"$^\circ$", "²": "$^2$", "³": "$^3$", "½": r"$\frac{1}{2}$",
-    "✓": r"$\surd$", "✗": r"$\times$", "µ": r"$\mu$", "ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}",
+    "✓": r"\checkmark{}", "✗": r"$\times$", "µ": r"$\mu$", "ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}",
     "Ø": r"\O{}", "ł": r"\l{}", "Ł": r"\L{}", "ı": r"\i{}",
 }  # fmt: skip
 _GREEK = (
@@ -50,7 +50,10 @@ _ACCENTS = dict(
 
 
 def escape_latex(text: str) -> str:
-    """One line of ASCII LaTeX that prints `text` with the standard fonts; a character they lack becomes [U+XXXX]."""
+    """One line of ASCII LaTeX that prints `text` with the standard fonts; a character they lack becomes [U+XXXX].
+
+    Check marks are the command checkmark, which `analysis.render.latex` defines where the document does not.
+    """
     latex = "".join(_character(character) for character in one_line(unicodedata.normalize("NFC", text)))
     return re.sub("-(?=-)", "-{}", latex)  # hyphens must not join into a dash
 

@@ -25,8 +25,13 @@ _FAILED = "Could not be written: "
 
 def write_index(reports: Path) -> list[Path]:
     """Write index.html and index.md from what lies in `reports`; the same reports give the same bytes."""
-    entries = read_entries(reports)
-    return write_texts(reports, {"index.html": to_html(entries), "index.md": to_markdown(entries)})
+    written: list[Path] = []
+    entries = None
+    # another process may have added its report while this one wrote
+    while (found := read_entries(reports)) != entries:
+        entries = found
+        written = write_texts(reports, {"index.html": to_html(entries), "index.md": to_markdown(entries)})
+    return written
 
 
 def to_html(entries: list[Entry]) -> str:

@@ -169,7 +169,8 @@ def importance(study: optuna.Study, place: int) -> dict[str, float]:
 
 
 def write_sweep_report(result: SweepResult, directory: Path) -> list[Path]:
-    """Write NAME.md, NAME.trials.csv, NAME.json (for the index) and the figures of a sweep; one study, the same bytes."""
+    """Write NAME.md, .html, .trials.csv, .json (for the index) and the figures of a sweep; one study, the same bytes."""
+    from analysis.render.sweep_page import sweep_page
     from analysis.sweep_figures import draw
 
     directory = Path(directory)
@@ -177,6 +178,7 @@ def write_sweep_report(result: SweepResult, directory: Path) -> list[Path]:
     pictures = [path for path in figures if path.suffix == ".png"]
     texts = {
         f"{result.name}.md": to_markdown(result, pictures),
+        f"{result.name}.html": sweep_page(result, [path.name for path in pictures]),
         f"{result.name}.trials.csv": to_csv(result),
         f"{result.name}.json": sweep_entry(result, [path.name for path in pictures]).to_json(),
     }
@@ -187,20 +189,21 @@ def sweep_entry(result: SweepResult, figures: Sequence[str]) -> Entry:
     """Best trial, the one that the sweep started from, and where the numbers come from."""
     facts = {}
     for trial in result.best[:1]:
-        facts["best"] = f"trial {trial.number}, {_values(result, trial)}"
+        facts["best"] = f"trial {trial.number}, {values_text(result, trial)}"
         facts["command"] = command(result, trial)
     if len(result.best) > 1:
         facts["front"] = f"{len(result.best)} trials that none is better than in every metric"
     if result.first is not None:
-        facts["start"] = f"trial {result.first.number}, {_values(result, result.first)}"
+        facts["start"] = f"trial {result.first.number}, {values_text(result, result.first)}"
     facts["trials"] = _states(result)
     facts["code"] = ", ".join(sorted({trial.version for trial in result.trials if trial.version}))
     facts["study"] = result.study
-    files = (f"{result.name}.md", f"{result.name}.trials.csv")
+    files = tuple(f"{result.name}{ending}" for ending in (".html", ".md", ".trials.csv"))
     return Entry(SWEEP, result.name, result.setting, one_line(result.question), facts, files, tuple(figures))
 
 
-def _values(result: SweepResult, trial: Trial) -> str:
+def values_text(result: SweepResult, trial: Trial) -> str:
+    """A trial's value of every metric, with its name."""
     return ", ".join(f"{header(one)} {shown_value(trial, place, one)}" for place, one in enumerate(result.metrics))
 
 
@@ -267,13 +270,18 @@ def notes(result: SweepResult) -> list[str]:
     return said
 
 
+def titles(result: SweepResult) -> list[str]:
+    """What stands above `cells`."""
+    return ["trial", *(header(one) for one in result.metrics), *result.space, "state"]
+
+
 def to_markdown(result: SweepResult, pictures: Sequence[Path] = ()) -> str:
     """The report of a sweep."""
-    columns = ["trial", *(header(one) for one in result.metrics), *result.space, "state"]
+    columns = titles(result)
     lines = [f"# {result.name}", "", escape_markdown(one_line(result.question)), ""]
     for trial in result.best:
         lines += [
-            f"Best: trial {trial.number}, {_values(result, trial)}:",
+            f"Best: trial {trial.number}, {values_text(result, trial)}:",
             "",
             "```bash",
             command(result, trial),
@@ -281,7 +289,7 @@ def to_markdown(result: SweepResult, pictures: Sequence[Path] = ()) -> str:
             "",
         ]
     if result.first is not None:
-        values = _values(result, result.first)
+        values = values_text(result, result.first)
         lines += [f"The configuration that the sweep started from is trial {result.first.number}: {values}.", ""]
     for one, shares in zip(result.metrics, result.importance, strict=True):
         if shares:
@@ -295,7 +303,7 @@ def to_markdown(result: SweepResult, pictures: Sequence[Path] = ()) -> str:
     lines += [f"| {' | '.join(escape_markdown(column) for column in columns)} |"]
     lines += ["| " + " | ".join(["--:"] * (1 + len(result.metrics)) + [":--"] * (len(result.space) + 1)) + " |"]
     for trial in ranked(result):
-        lines.append("| " + " | ".join(escape_markdown(cell) for cell in _cells(result, trial)) + " |")
+        lines.append("| " + " | ".join(escape_markdown(cell) for cell in cells(result, trial)) + " |")
     lines += ["", "In brackets: the last value before a trial was left.", ""]
     lines += [f"- {escape_markdown(note)}" for note in notes(result)]
     lines += [""] + [f"![{path.stem}]({path.name})" for path in pictures]
@@ -324,7 +332,8 @@ def tracked(result: SweepResult) -> dict[str, Any]:
     }
 
 
-def _cells(result: SweepResult, trial: Trial) -> list[str]:
+def cells(result: SweepResult, trial: Trial) -> list[str]:
+    """Number, values, settings and state of a trial, as tables show them."""
     chosen = dict(text.split("=", 1) for text in trial.chosen)
     values = [shown_value(trial, place, one) for place, one in enumerate(result.metrics)]
     state = f"{trial.state}: {one_line(trial.reason)}" if trial.reason else trial.state
@@ -370,5 +379,5 @@ def to_rich(result: SweepResult, limit: int = 10) -> rich.table.Table:
         # a number is never cut short
         table.add_column(name, overflow="fold")
     for trial in ranked(result)[:limit]:
-        table.add_row(*(Text(cell) for cell in _cells(result, trial)))
+        table.add_row(*(Text(cell) for cell in cells(result, trial)))
     return table

@@ -24,6 +24,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; border-bottom: 2px solid var(--ink); font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); padding-bottom: 0.5rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: min(70rem, 92vw); }
 thead { border-top: 2px solid var(--ink); border-bottom: 1px solid var(--ink); }
 tbody + tbody { border-top: 1px solid var(--line); }
 th, td { padding: 0.25rem 0.6rem; white-space: nowrap; }
@@ -37,8 +38,12 @@ tbody th[scope=rowgroup] { font-style: italic; color: var(--faint); }
 figure img { max-width: min(100%, 28rem); background: #fff; padding: 0.5rem; border: 1px solid var(--line); }
 .small img { max-width: 11rem; max-height: 9rem; } figcaption { color: var(--faint); font-size: 0.85rem; }
 .problem { border-left: 4px solid #d55e00; padding-left: 0.6rem; }
-code { overflow-wrap: anywhere; }
+code { overflow-wrap: anywhere; } pre { white-space: pre-wrap; } pre code { font-size: 0.9rem; }
 """
+
+
+# A wide table scrolls by itself, by keyboard too.
+_SCROLL = '<div class="scroll" role="region" aria-label="Table" tabindex="0">'
 
 
 def page(title: str, body: Iterable[str]) -> str:
@@ -82,19 +87,35 @@ def pictures(paths: Sequence[str], *, small: bool = False) -> list[str]:
     return [*lines, "</div>"]
 
 
+def plain_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows of words and numbers under their titles."""
+    heads = "".join(f'<th scope="col" class="left">{escape_html(title)}</th>' for title in titles)
+    lines = [_SCROLL, "<table>", f"<thead>\n<tr>{heads}</tr>\n</thead>", "<tbody>"]
+    for row in rows:
+        cells = "".join(f'<td class="left">{escape_html(cell)}</td>' for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return [*lines, "</tbody>", "</table>", "</div>"]
+
+
+def notes_list(notes: Iterable[str]) -> list[str]:
+    """Notes under their heading."""
+    return ["<h2>Notes</h2>", '<ul class="notes">', *(f"<li>{escape_html(note)}</li>" for note in notes), "</ul>"]
+
+
+def head(title: str) -> list[str]:
+    """The beginning of a page that lies one folder below the index."""
+    return [f'<p class="about">{link("../index.html", "All tables")}</p>', f"<h1>{escape_html(title)}</h1>"]
+
+
 def table_page(table: Table, figures: Sequence[str] = ()) -> str:
-    """A table with its notes, its figures, and links to the other formats; the index lies one folder above."""
+    """A table with its notes, its figures, and links to the other formats."""
     layout = table.layout
     formats = {".csv": "numbers (CSV)", ".runs.csv": "runs (CSV)", ".tex": "LaTeX", ".md": "Markdown"}
     files = [link(f"{layout.name}{ending}", what) for ending, what in formats.items()]
     body = [
-        f'<p class="about">{link("../index.html", "All tables")}</p>',
-        f"<h1>{escape_html(layout.title)}</h1>",
+        *head(layout.title),
         *_table(table),
-        "<h2>Notes</h2>",
-        '<ul class="notes">',
-        *(f"<li>{escape_html(note)}</li>" for note in table.notes),
-        "</ul>",
+        *notes_list(table.notes),
         f"<p>Files: {', '.join(files)}.</p>",
         *pictures(figures),
     ]
@@ -103,8 +124,9 @@ def table_page(table: Table, figures: Sequence[str] = ()) -> str:
 
 def _table(table: Table) -> list[str]:
     columns = table.columns
-    lines = ['<div class="scroll" role="region" aria-label="Table" tabindex="0">', "<table>"]
-    lines.append(f"<caption>{escape_html(table.layout.question or table.layout.title)}</caption>")
+    lines = [_SCROLL, "<table>"]
+    # in a span, the words stay in sight while a wide table scrolls
+    lines.append(f"<caption><span>{escape_html(table.layout.question or table.layout.title)}</span></caption>")
     heads = [f'<th scope="col" class="{column.align}">{escape_html(column.title)}</th>' for column in columns]
     lines += ["<thead>", f"<tr>{''.join(heads)}</tr>", "</thead>"]
     for section, rows in table.blocks():

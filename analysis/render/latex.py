@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from analysis.tables import Cell, Table
 
 _LETTERS = {"left": "l", "center": "c", "right": "r"}
-_MARK = r"\checkmark"
+_DEFINITION = r"\providecommand{\checkmark}{\ensuremath{\surd}}"
 
 
 def latex(table: Table) -> str:
@@ -25,11 +25,8 @@ def latex(table: Table) -> str:
         if section:
             body.append(rf"    \multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{escape_latex(section)}}}}} \\")
         body += ["    " + _ampersands(_set(cell) for cell in row) for row in rows]
-    marked = any(_MARK in line for line in body)
-    return "\n".join(
+    text = "\n".join(
         [
-            r"% Needs \usepackage{booktabs}.",
-            *([rf"\providecommand{{{_MARK}}}{{\ensuremath{{\surd}}}}"] if marked else []),
             r"\begin{table}",
             r"  \centering\footnotesize\setlength{\tabcolsep}{3pt}",
             rf"  \caption{{{caption}}}",
@@ -48,11 +45,11 @@ def latex(table: Table) -> str:
             "",
         ]
     )
+    definitions = [_DEFINITION] if r"\checkmark" in text else []
+    return "\n".join([r"% Needs \usepackage{booktabs}.", *definitions, text])
 
 
 def _set(cell: Cell) -> str:
-    if cell.text == "✓":
-        return _MARK
     text = escape_latex(cell.text)
     if not text:
         return ""

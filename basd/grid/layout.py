@@ -17,9 +17,10 @@ says of the row; a setting without effect in a row has no mark there.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,10 +152,10 @@ def read_notes(given: Any) -> tuple[str, ...]:
 def marks_of(marks: Mapping[str, Sequence[str]], configs: Mapping[str, Config]) -> dict[str, tuple[str, ...]]:
     """What each row shows in each column of marks, from its resolved configuration.
 
-    UserError: a setting that no row has (with the nearest names), or one that cannot be shown so.
+    UserError: a setting that there is not (with the nearest names), or a value that it cannot have.
     """
     values = {row: _values(config) for row, config in configs.items()}
-    known = {key for of_row in values.values() for key in of_row}
+    known = _known(configs.values()) if marks else {}
     shown: dict[str, tuple[str, ...]] = dict.fromkeys(configs, ())
     for title, settings in marks.items():
         conditions = [_condition(title, setting, known) for setting in settings]
@@ -167,10 +168,36 @@ def _values(config: Config) -> dict[str, Any]:
     """Every setting that can change a result, by its key; of a group also its choice, by the group's name."""
     sections = {key: value for key, value in config.to_dict().items() if key not in (*NOT_SEMANTIC, "seed")}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(sections)}
-    return values | {group: values[f"{group}.name"] for group in GROUPS if f"{group}.name" in values}
+    return values | {group: values[f"{group}.name"] for group in GROUPS}
 
 
-def _condition(title: str, setting: str, known: Collection[str]) -> tuple[str, Any]:
+def _known(configs: Iterable[Config]) -> dict[str, tuple[Any, ...]]:
+    """Every setting, of these configurations and of every choice of a group, with the values it may have; () where it is free."""
+    known: dict[str, tuple[Any, ...]] = {}
+    for config in configs:
+        for section in vars(config).keys() - {*NOT_SEMANTIC, "seed"}:
+            known |= _settings(getattr(config, section), f"{section}.")
+    for group, choices in GROUPS.items():
+        for choice in choices.values():
+            known |= _settings(choice(), f"{group}.")
+        known[group] = tuple(choices)
+    return known
+
+
+def _settings(section: Any, prefix: str) -> dict[str, tuple[Any, ...]]:
+    found: dict[str, tuple[Any, ...]] = {}
+    for spec in dataclasses.fields(section):
+        value = getattr(section, spec.name)
+        if dataclasses.is_dataclass(value):
+            found |= _settings(value, f"{prefix}{spec.name}.")
+        elif isinstance(value, Mapping):
+            found |= {f"{prefix}{spec.name}.{key}": () for key, _ in flatten(value)}
+        else:
+            found[f"{prefix}{spec.name}"] = tuple(spec.metadata.get("choices", ()))
+    return found
+
+
+def _condition(title: str, setting: str, known: Mapping[str, tuple[Any, ...]]) -> tuple[str, Any]:
     """A setting's key and the value that it must have; `...` where the value itself is shown."""
     key, given, text = setting.partition("=")
     if key not in known:
@@ -178,15 +205,15 @@ def _condition(title: str, setting: str, known: Collection[str]) -> tuple[str, A
         hint = (
             f"the nearest: {', '.join(near)}" if near else "write a key of the command line, such as losses.rsd.enabled"
         )
-        raise UserError(f"marks: {title}: {key} is not a setting of any row; {hint}.")
+        raise UserError(f"marks: {title}: {key} is not a setting that changes a result; {hint}.")
     if not given:
         return key, ...
     try:
         value = OverridesParser.create().parse_override(setting).value()
     except HydraException as error:
         raise UserError(f"marks: {title}: {setting} is not KEY=VALUE as on the command line.") from error
-    if key in GROUPS and text not in GROUPS[key]:
-        raise UserError(f"marks: {title}: {text} is not a choice of {key}{suggest(text, GROUPS[key])}")
+    if known[key] and not any(_equal(choice, value) for choice in known[key]):
+        raise UserError(f"marks: {title}: {text} is not a choice of {key}{suggest(text, map(str, known[key]))}")
     return key, value
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -159,9 +161,21 @@ def test_latex_by_a_small_parser(table: Table) -> None:
         spans = sum(int(number) - 1 for number in re.findall(r"\\multicolumn\{(\d+)\}", row))
         assert row.count("&") + 1 + spans == len(columns), row
     assert len(rows) == 1 + 2 + 5
-    assert r"BASD & \checkmark & 2 & 77.00 $\pm$ 1.58 &" in text
+    assert r"BASD & \checkmark{} & 2 & 77.00 $\pm$ 1.58 &" in text
     assert text.count(r"\providecommand{\checkmark}") == 1
     assert r"\textit{DeiT-Ti {[}1{]}} &  &  & \textit{74.50}" in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+@pytest.mark.parametrize("packages", ["booktabs", "booktabs,amssymb"])
+def test_latex_compiles_with_and_without_a_check_mark_of_the_document(
+    table: Table, packages: str, tmp_path: Path
+) -> None:
+    text = f"\\documentclass{{article}}\\usepackage{{{packages}}}\\begin{{document}}\n{table.to_latex()}\\end{{document}}\n"
+    (tmp_path / "t.tex").write_text(text)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_latex_without_marks_defines_none(frame_of: Frames) -> None:
@@ -223,8 +237,12 @@ def test_html_is_a_whole_page_with_the_same_cells(table: Table) -> None:
     assert not page.tags & {"script", "link", "iframe", "object", "base", "form"}
     assert page.targets == ["../index.html", "losses.csv", "losses.runs.csv", "losses.tex", "losses.md",
                             "losses.pairs.pdf", "losses.pairs.png"]  # fmt: skip
-    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "<caption>" in text
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "</caption>" in text
     assert "http" not in text and "url(" not in text and "@import" not in text
+    css = text[text.index("<style>") : text.index("</style>")]
+    assert css.count("{") == css.count("}") and set(re.findall(r"var\((--\w+)\)", css)) <= set(
+        re.findall(r"(--\w+):", css)
+    )
 
 
 @pytest.mark.parametrize(

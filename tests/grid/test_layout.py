@@ -11,7 +11,7 @@ from basd.compose import compose
 from basd.config import Config
 from basd.errors import UserError
 from basd.grid.ablations import FINAL, Ablation, load_ablation
-from basd.grid.layout import SHARES, Reported, marks_of
+from basd.grid.layout import SHARES, Reported, _known, _values, marks_of
 
 HEAD = "question: x\nreference: a\nseeds: [0]\n"
 ROW = "rows: [{name: a, overrides: []}]\n"
@@ -75,13 +75,14 @@ def test_a_label_cannot_make_a_mark(load) -> None:
 
 
 def test_every_key_of_every_row_of_a_table_can_be_a_mark() -> None:
-    from basd.grid.layout import _values
-
     rows = configs(basd=["method=basd"], ce=["method=ce"], deit=["method=deit_hard"], a2d=["method=a2d"])
-    keys = {key: [key] for config in rows.values() for key in _values(config)}
-    shown = marks_of(keys, rows)
-    assert {len(marks) for marks in shown.values()} == {len(keys)} and len(keys) > 80
-    assert not {key for key in keys if key.split(".")[0] in ("seed", "runtime", "tracking", "ledger", "method")}
+    known = _known(rows.values())
+    shown = marks_of({key: [key] for key in known}, rows)
+    assert {len(marks) for marks in shown.values()} == {len(known)} and len(known) > 80
+    assert {key for config in rows.values() for key in _values(config)} <= set(known)
+    assert not {key for key in known if key.split(".")[0] in ("seed", "runtime", "tracking", "ledger", "method")}
+    # a setting that only another choice has
+    assert marks_of({"T": ["weighting.temperature"]}, configs(a=["method=basd", "weighting=equal"])) == {"a": ("–",)}
 
 
 def test_equal_means_equal_as_a_setting() -> None:
@@ -114,11 +115,12 @@ def test_the_marks_of_the_tables_that_ship(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("marks", "said"),
     [
-        ({"x": ["losses.rsd.enabeld"]}, "marks: x: losses.rsd.enabeld is not a setting of any row; the nearest: losses.rsd.enabled"),
-        ({"x": ["qqq"]}, "qqq is not a setting of any row; write a key of the command line"),
-        ({"x": ["method=basd"]}, "method is not a setting of any row"),
-        ({"x": ["seed"]}, "seed is not a setting of any row"),
+        ({"x": ["losses.rsd.enabeld"]}, "marks: x: losses.rsd.enabeld is not a setting that changes a result; the nearest: losses.rsd.enabled"),
+        ({"x": ["qqq"]}, "qqq is not a setting that changes a result; write a key of the command line"),
+        ({"x": ["method=basd"]}, "method is not a setting that changes a result"),
+        ({"x": ["seed"]}, "seed is not a setting that changes a result"),
         ({"x": ["selector=unifrom"]}, "unifrom is not a choice of selector; did you mean uniform?"),
+        ({"x": ["weighting.scale=frist"]}, "frist is not a choice of weighting.scale; did you mean first?"),
         ({"x": ["selector=[a"]}, "is not KEY=VALUE as on the command line"),
     ],
 )  # fmt: skip

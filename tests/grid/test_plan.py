@@ -219,7 +219,7 @@ def test_bad_input_stops_before_anything_is_fitted(
         ),
         (
             "question: x\nreference: a\nseeds: [0]\nmarks: {x: losses.rsd.enabeld}\nrows: [{name: a, overrides: []}]\n",
-            "experiments/mine.yaml: marks: x: losses.rsd.enabeld is not a setting of any row",
+            "experiments/mine.yaml: marks: x: losses.rsd.enabeld is not a setting that changes a result",
         ),
         (
             "question: x\nreference: none\nseeds: [0]\noverrides: [method=basd]\nfactors:\n"
