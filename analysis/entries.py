@@ -1,6 +1,6 @@
 """What the index knows of a report: NAME.json beside its files, so that the index is made without any run.
 
-{"kind": "table", "name": …, "setting": …, "question": …, "facts": {"reference": …, …}, "files": […], "figures": […]}
+{"kind": "table", "name": …, "setting": …, "question": …, "facts": {"n": "5", …}, "files": […], "figures": […]}
 """
 
 from __future__ import annotations

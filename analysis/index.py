@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from analysis.entries import Entry, counted, read_entries
+from analysis.entries import SWEEP, Entry, counted, read_entries
 from analysis.escape import escape_html, escape_markdown
 from analysis.files import write_texts
 from analysis.render.html import link, page, pictures
@@ -47,7 +47,7 @@ def to_html(entries: list[Entry]) -> str:
 def _html_entry(entry: Entry) -> list[str]:
     main = _main_file(entry)
     name = link(f"{entry.setting}/{main}", entry.name) if main else escape_html(entry.name)
-    lines = [f"<section>\n<h3>{name}{' (sweep)' if entry.kind == 'sweep' else ''}</h3>"]
+    lines = [f"<section>\n<h3>{name}{' (sweep)' if entry.kind == SWEEP else ''}</h3>"]
     if entry.question:
         lines.append(f"<p>{escape_html(entry.question)}</p>")
     if entry.problem:
@@ -68,7 +68,7 @@ def to_markdown(entries: list[Entry]) -> str:
     for setting, group in groupby(entries, key=lambda entry: entry.setting):
         lines += ["", f"## {escape_markdown(setting)}"]
         for entry in group:
-            lines += ["", f"### {escape_markdown(entry.name)}{' (sweep)' if entry.kind == 'sweep' else ''}", ""]
+            lines += ["", f"### {escape_markdown(entry.name)}{' (sweep)' if entry.kind == SWEEP else ''}", ""]
             if entry.question:
                 lines += [escape_markdown(entry.question), ""]
             if entry.problem:

@@ -33,14 +33,18 @@ def table_notes(
         *_gap_notes(layout, lines, part),
         *_layout_notes(layout),
         _version_note(layout, part, allow_mixed_code),
-        f"Setting: {layout.setting}{f'; teacher {layout.teacher}' if layout.teacher else ''}."
-        if layout.setting
-        else "",
-        f"Plan {layout.plan}." if layout.plan else "",
+        *_origin_notes(layout),
         *(one_line(note) for note in layout.notes),
         f"Run ids of every cell: {layout.name}.runs.csv.",
     ]
     return tuple(note for note in notes if note)
+
+
+def _origin_notes(layout: Layout) -> list[str]:
+    """Setting, teacher and plan, as far as the layout tells them."""
+    teacher = f"; teacher {layout.teacher}" if layout.teacher else ""
+    notes = [f"Setting: {layout.setting}{teacher}."] if layout.setting else []
+    return [*notes, f"Plan {layout.plan}."] if layout.plan else notes
 
 
 def _layout_notes(layout: Layout) -> list[str]:

@@ -132,8 +132,8 @@ def _table(table: Table) -> list[str]:
     for section, rows in table.blocks():
         lines.append("<tbody>")
         if section:
-            head = f'<th scope="rowgroup" class="left" colspan="{len(columns)}">{escape_html(section)}</th>'
-            lines.append(f"<tr>{head}</tr>")
+            span = f'<th scope="rowgroup" class="left" colspan="{len(columns)}">{escape_html(section)}</th>'
+            lines.append(f"<tr>{span}</tr>")
         lines += [_row(row, columns) for row in rows]
         lines.append("</tbody>")
     return [*lines, "</table>", "</div>"]

@@ -160,7 +160,7 @@ def marks_of(marks: Mapping[str, Sequence[str]], configs: Mapping[str, Config]) 
     for title, settings in marks.items():
         conditions = [_condition(title, setting, known) for setting in settings]
         for row, config in configs.items():
-            shown[row] += (_mark(title, conditions, values[row], config),)
+            shown[row] += (_mark(conditions, values[row], config),)
     return shown
 
 
@@ -217,7 +217,7 @@ def _condition(title: str, setting: str, known: Mapping[str, tuple[Any, ...]]) -
     return key, value
 
 
-def _mark(title: str, conditions: Sequence[tuple[str, Any]], values: Mapping[str, Any], config: Config) -> str:
+def _mark(conditions: Sequence[tuple[str, Any]], values: Mapping[str, Any], config: Config) -> str:
     held = []
     for key, wanted in conditions:
         if key not in values or without_effect(config, [key]):
