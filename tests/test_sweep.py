@@ -65,9 +65,10 @@ def test_it_searches_and_reports(swept: tuple[Path, str]) -> None:
     assert len(trials) == 8 and {state for _, state, *_ in trials} == {"COMPLETE", "PRUNED"}
     assert trials[0][3] == {"weighting.temperature": 2.0, "weighting.scale": "first"}
     assert "Best (trial" in output and "Traceback" not in output
-    reports = next((folder / "reports").iterdir())
+    (reports,) = (path for path in (folder / "reports").iterdir() if path.is_dir())
+    assert "/uwso.html" in (folder / "reports" / "index.html").read_text()
     assert {path.name for path in reports.iterdir()} >= {
-        "uwso.md", "uwso.trials.csv", "uwso.history.pdf", "uwso.history.png", "uwso.epochs.png", "uwso.slices.png"}  # fmt: skip
+        "uwso.md", "uwso.html", "uwso.trials.csv", "uwso.history.pdf", "uwso.history.png", "uwso.epochs.png", "uwso.slices.png"}  # fmt: skip
 
 
 def test_pruned_arms_end_where_they_were_left(swept: tuple[Path, str]) -> None:
