@@ -134,7 +134,8 @@ def publish_sweep_run(made: Plan, options: GridOptions, screen: Console, files: 
             lock,
             name=made.name,
             configurations=keys,
-            files=files,
+            # a page and the index's entry belong to the folder that their links lead into
+            files=[path for path in files if path.suffix not in (".html", ".json")],
             **tracked(result),
         )
     except Exception as error:
