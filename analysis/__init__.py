@@ -6,10 +6,12 @@ The modules imported here are light; mlflow, pandas, scipy and rich are imported
 """
 
 from analysis.histories import histories, selector_history, weight_history
+from analysis.index import write_index
+from analysis.layout import Layout, LayoutRow, Metric, Reported, metric
 from analysis.load import load
 from analysis.report import Report, write_report
 from analysis.statistics import Comparison, compare
-from analysis.tables import Layout, LayoutRow, Metric, Table, build_table, metric
+from analysis.tables import Table, build_table
 
 __all__ = [
     "Comparison",
@@ -17,6 +19,7 @@ __all__ = [
     "LayoutRow",
     "Metric",
     "Report",
+    "Reported",
     "Table",
     "build_table",
     "compare",
@@ -25,5 +28,6 @@ __all__ = [
     "metric",
     "selector_history",
     "weight_history",
+    "write_index",
     "write_report",
 ]

@@ -1,7 +1,8 @@
-"""Any text as Markdown or LaTeX that prints it as it is."""
+"""Any text as Markdown, LaTeX or HTML that prints it as it is."""
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 
@@ -16,16 +17,24 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", one_line(text))
 
 
+def escape_html(text: str) -> str:
+    """One line of HTML that shows `text` as it is, in an element or in a quoted attribute."""
+    visible = "".join(
+        c if c == " " or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in one_line(text)
+    )
+    return html.escape(visible, quote=True)
+
+
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     # A row may not begin with [ or *, and " is a closing quote.
     "[": "{[}", "]": "{]}", "*": "{*}", '"': "''", "|": r"\textbar{}", "`": r"\textasciigrave{}",
     "–": r"\textendash{}", "—": r"\textemdash{}", "‘": "`", "’": "'", "“": "``", "”": "''", "…": r"\ldots{}",
-    "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "→": r"$\to$", "←": r"$\leftarrow$", "↔": r"$\leftrightarrow$",
+    "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "÷": r"$\div$", "→": r"$\to$", "←": r"$\leftarrow$", "↔": r"$\leftrightarrow$",
     "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "≠": r"$\ne$", "∞": r"$\infty$", "√": r"$\surd$", "∈": r"$\in$",
     "·": r"$\cdot$", "•": r"$\bullet$", "°": r"$^\circ$", "²": "$^2$", "³": "$^3$", "½": r"$\frac{1}{2}$",
-    "✓": r"$\surd$", "✗": r"$\times$", "µ": r"$\mu$", "ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}",
+    "✓": r"\checkmark{}", "✗": r"$\times$", "µ": r"$\mu$", "ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}",
     "Ø": r"\O{}", "ł": r"\l{}", "Ł": r"\L{}", "ı": r"\i{}",
 }  # fmt: skip
 _GREEK = (
@@ -41,7 +50,10 @@ _ACCENTS = dict(
 
 
 def escape_latex(text: str) -> str:
-    """One line of ASCII LaTeX that prints `text` with the standard fonts; a character they lack becomes [U+XXXX]."""
+    """One line of ASCII LaTeX that prints `text` with the standard fonts; a character they lack becomes [U+XXXX].
+
+    Check marks are the command checkmark, which `analysis.render.latex` defines where the document does not.
+    """
     latex = "".join(_character(character) for character in one_line(unicodedata.normalize("NFC", text)))
     return re.sub("-(?=-)", "-{}", latex)  # hyphens must not join into a dash
 

@@ -1,14 +1,14 @@
-"""Write a table to its files, each by a temporary file and a rename, so that a reader never sees half of one."""
+"""Write a table to its files and tell the index of it."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.entries import table_entry
+from analysis.files import figures_of, write_texts
 from analysis.tables import Layout, Table, build_table
-from basd.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,32 +24,21 @@ class Report:
 
 
 def write_report(frame: pd.DataFrame, layout: Layout, directory: Path, *, allow_mixed_code: bool = False) -> Report:
-    """Compute the table and write <name>.md, .tex, .csv and .runs.csv into `directory` (made if missing).
+    """Compute the table and write <name>.md, .tex, .csv, .runs.csv, .html and .json into `directory` (made if missing).
 
+    The page shows the figures <name>.WHAT.png that lie there by then; .json is what `analysis.index` knows of the table.
     The same runs give the same bytes. UserError: see `build_table`, or a directory that cannot be written.
     """
     table = build_table(frame, layout, allow_mixed_code=allow_mixed_code)
+    directory = Path(directory)
+    figures = figures_of(layout.name, directory)
     texts = {
         ".md": table.to_markdown(),
         ".tex": table.to_latex(),
         ".csv": table.to_csv(),
         ".runs.csv": table.to_runs_csv(),
+        ".html": table.to_html(figures),
+        ".json": table_entry(table, figures).to_json(),
     }
-    directory = Path(directory)
-    temporary: list[tuple[Path, Path]] = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for suffix, text in texts.items():
-            temporary.append(
-                (directory / f".{layout.name}{suffix}.{os.getpid()}.tmp", directory / f"{layout.name}{suffix}")
-            )
-            temporary[-1][0].write_text(text, encoding="utf-8", newline="\n")
-        for source, target in temporary:
-            os.replace(source, target)
-    except OSError as error:
-        for source, _ in temporary:
-            source.unlink(missing_ok=True)
-        raise UserError(
-            f"The report cannot be written to {directory} ({error.strerror or error}): choose a directory that can."
-        ) from error
-    return Report(table, tuple(target for _, target in temporary), tuple(frame.attrs.get("warnings", ())))
+    paths = write_texts(directory, {f"{layout.name}{ending}": text for ending, text in texts.items()})
+    return Report(table, tuple(paths), tuple(frame.attrs.get("warnings", ())))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.entries import SWEEP, Entry
 from analysis.escape import escape_markdown, one_line
+from analysis.files import write_texts
 from analysis.tables import NONE, Metric, metric
 from basd.errors import UserError
 
@@ -168,26 +169,49 @@ def importance(study: optuna.Study, place: int) -> dict[str, float]:
 
 
 def write_sweep_report(result: SweepResult, directory: Path) -> list[Path]:
-    """Write NAME.md, NAME.trials.csv and the figures of a sweep; the same study gives the same bytes."""
+    """Write NAME.md, .html, .trials.csv, .json (for the index) and the figures of a sweep; one study, the same bytes."""
+    from analysis.render.sweep_page import sweep_page
     from analysis.sweep_figures import draw
 
     directory = Path(directory)
     figures = draw(result, directory)
     pictures = [path for path in figures if path.suffix == ".png"]
-    texts = {f"{result.name}.md": to_markdown(result, pictures), f"{result.name}.trials.csv": to_csv(result)}
-    written = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            fresh = directory / f".{name}.{os.getpid()}.tmp"
-            fresh.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(fresh, directory / name)
-            written.append(directory / name)
-    except OSError as error:
-        raise UserError(
-            f"The report cannot be written to {directory} ({error.strerror or error}): choose a directory that can."
-        ) from error
-    return [*written, *figures]
+    texts = {
+        f"{result.name}.md": to_markdown(result, pictures),
+        f"{result.name}.html": sweep_page(result, [path.name for path in pictures]),
+        f"{result.name}.trials.csv": to_csv(result),
+        f"{result.name}.json": sweep_entry(result, [path.name for path in pictures]).to_json(),
+    }
+    return [*write_texts(directory, texts), *figures]
+
+
+def sweep_entry(result: SweepResult, figures: Sequence[str]) -> Entry:
+    """Best trial, the one that the sweep started from, and where the numbers come from."""
+    facts = {}
+    for trial in result.best[:1]:
+        facts["best"] = f"trial {trial.number}, {values_text(result, trial)}"
+        facts["command"] = command(result, trial)
+    if len(result.best) > 1:
+        facts["front"] = f"{len(result.best)} trials that none is better than in every metric"
+    if result.first is not None:
+        facts["start"] = f"trial {result.first.number}, {values_text(result, result.first)}"
+    facts["trials"] = _states(result)
+    facts["code"] = ", ".join(sorted({trial.version for trial in result.trials if trial.version}))
+    facts["study"] = result.study
+    files = tuple(f"{result.name}{ending}" for ending in (".html", ".md", ".trials.csv"))
+    return Entry(SWEEP, result.name, result.setting, one_line(result.question), facts, files, tuple(figures))
+
+
+def values_text(result: SweepResult, trial: Trial) -> str:
+    """A trial's value of every metric, with its name."""
+    return ", ".join(f"{header(one)} {shown_value(trial, place, one)}" for place, one in enumerate(result.metrics))
+
+
+def _states(result: SweepResult) -> str:
+    """How many trials there are, by what became of them."""
+    count = Counter(trial.state for trial in result.trials)
+    order = ("complete", "pruned", "diverged", "failed", "running")
+    return f"{len(result.trials)} trials: {', '.join(f'{count[state]} {state}' for state in order if count[state])}"
 
 
 def ranked(result: SweepResult) -> list[Trial]:
@@ -213,7 +237,7 @@ def shown_value(trial: Trial, place: int, one: Metric) -> str:
 
 
 def header(one: Metric) -> str:
-    return f"{one.label} (%)" if one.percent else one.label
+    return one.heading
 
 
 def command(result: SweepResult, trial: Trial) -> str:
@@ -228,14 +252,10 @@ def _quoted(text: str) -> str:
 
 def notes(result: SweepResult) -> list[str]:
     """What a reader has to know of the numbers."""
-    count = Counter(trial.state for trial in result.trials)
-    states = ", ".join(
-        f"{count[state]} {state}" for state in ("complete", "pruned", "diverged", "failed", "running") if count[state]
-    )
     sampler = ", ".join(f"{key} {value}" for key, value in result.sampler.items() if key != "name")
     pruner = ", ".join(f"{key} {value}" for key, value in result.pruner.items() if key != "name")
     said = [
-        f"{len(result.trials)} trials: {states}. Sampler {result.sampler['name']}"
+        f"{_states(result)}. Sampler {result.sampler['name']}"
         + (f" ({sampler})" if sampler else "")
         + f", pruner {result.pruner['name']}"
         + (f" ({pruner})" if pruner else "")
@@ -250,15 +270,26 @@ def notes(result: SweepResult) -> list[str]:
     return said
 
 
+def titles(result: SweepResult) -> list[str]:
+    """What stands above `cells`."""
+    return ["trial", *(header(one) for one in result.metrics), *result.space, "state"]
+
+
 def to_markdown(result: SweepResult, pictures: Sequence[Path] = ()) -> str:
     """The report of a sweep."""
-    columns = ["trial", *(header(one) for one in result.metrics), *result.space, "state"]
+    columns = titles(result)
     lines = [f"# {result.name}", "", escape_markdown(one_line(result.question)), ""]
     for trial in result.best:
-        values = ", ".join(f"{header(one)} {shown_value(trial, p, one)}" for p, one in enumerate(result.metrics))
-        lines += [f"Best: trial {trial.number}, {values}:", "", "```bash", command(result, trial), "```", ""]
+        lines += [
+            f"Best: trial {trial.number}, {values_text(result, trial)}:",
+            "",
+            "```bash",
+            command(result, trial),
+            "```",
+            "",
+        ]
     if result.first is not None:
-        values = ", ".join(f"{header(one)} {shown_value(result.first, p, one)}" for p, one in enumerate(result.metrics))
+        values = values_text(result, result.first)
         lines += [f"The configuration that the sweep started from is trial {result.first.number}: {values}.", ""]
     for one, shares in zip(result.metrics, result.importance, strict=True):
         if shares:
@@ -272,7 +303,7 @@ def to_markdown(result: SweepResult, pictures: Sequence[Path] = ()) -> str:
     lines += [f"| {' | '.join(escape_markdown(column) for column in columns)} |"]
     lines += ["| " + " | ".join(["--:"] * (1 + len(result.metrics)) + [":--"] * (len(result.space) + 1)) + " |"]
     for trial in ranked(result):
-        lines.append("| " + " | ".join(escape_markdown(cell) for cell in _cells(result, trial)) + " |")
+        lines.append("| " + " | ".join(escape_markdown(cell) for cell in cells(result, trial)) + " |")
     lines += ["", "In brackets: the last value before a trial was left.", ""]
     lines += [f"- {escape_markdown(note)}" for note in notes(result)]
     lines += [""] + [f"![{path.stem}]({path.name})" for path in pictures]
@@ -301,7 +332,8 @@ def tracked(result: SweepResult) -> dict[str, Any]:
     }
 
 
-def _cells(result: SweepResult, trial: Trial) -> list[str]:
+def cells(result: SweepResult, trial: Trial) -> list[str]:
+    """Number, values, settings and state of a trial, as tables show them."""
     chosen = dict(text.split("=", 1) for text in trial.chosen)
     values = [shown_value(trial, place, one) for place, one in enumerate(result.metrics)]
     state = f"{trial.state}: {one_line(trial.reason)}" if trial.reason else trial.state
@@ -347,5 +379,5 @@ def to_rich(result: SweepResult, limit: int = 10) -> rich.table.Table:
         # a number is never cut short
         table.add_column(name, overflow="fold")
     for trial in ranked(result)[:limit]:
-        table.add_row(*(Text(cell) for cell in _cells(result, trial)))
+        table.add_row(*(Text(cell) for cell in cells(result, trial)))
     return table

@@ -1,122 +1,48 @@
-"""From an arms frame and a layout to a table: Markdown, LaTeX (booktabs), CSV and terminal, all from the same cells.
+"""From an arms frame and a layout to a table of cells, which `analysis.render` writes in every format.
 
 The same runs always give the same bytes: no dates, rows in the layout's order, seeds and versions sorted.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from analysis import statistics
-from analysis.escape import escape_latex, escape_markdown, one_line
-from analysis.load import COLUMNS, NAME, count
+from analysis.escape import one_line
+from analysis.layout import Layout, LayoutRow, Metric, Reported, metric
+from analysis.load import COLUMNS
+from analysis.notes import table_notes
 from analysis.statistics import Comparison
-from basd.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
     import rich.table
 
+__all__ = ["CHECK", "NONE", "Cell", "Column", "Layout", "LayoutRow", "Line", "Metric", "Reported", "Table", "build_table", "metric"]  # fmt: skip
+
 NONE = "–"  # nothing can be said here
-_DIRTY = "-dirty"
+CHECK = "✓"
+REPORTED = "reported"  # verdict of figures that others have reported
 
 
 @dataclass(frozen=True)
-class Metric:
-    """How one metric is shown. `percent`: logged as a share of 1, shown in percentage points."""
+class Column:
+    """Title and alignment of a column: words left, marks in the middle, numbers right."""
 
-    name: str
-    label: str
-    percent: bool = False
-    higher_is_better: bool = True
-    digits: int = 4
-    # whether rows are compared by tests; what an arm costs stands beside its ratio to the reference instead
-    tested: bool = True
-
-    @property
-    def scale(self) -> float:
-        """Factor from the logged unit to the shown one."""
-        return 100.0 if self.percent else 1.0
-
-
-_LAST = {
-    "top1": ("top-1", True, True),
-    "top5": ("top-5", True, True),
-    "ece": ("ECE", True, False),
-    "nll": ("NLL", False, False),
-    "loss": ("loss", False, False),
-    "ce": ("CE", False, False),
-}
-
-
-# what an arm costs, by whole name
-_COSTS = {
-    "time/step_milliseconds": Metric("time/step_milliseconds", "ms a step", False, False, 1, False),
-    "time/images_per_second": Metric("time/images_per_second", "images/s", False, True, 1, False),
-    "time/data_wait_share": Metric("time/data_wait_share", "data wait", True, False, 1, False),
-    "system/peak_megabytes": Metric("system/peak_megabytes", "peak MB", False, False, 0, False),
-    "cost/student_parameters": Metric("cost/student_parameters", "student parameters", False, False, 0, False),
-    "cost/distillation_parameters": Metric("cost/distillation_parameters", "other parameters", False, False, 0, False),
-}
-
-
-def metric(name: str) -> Metric:
-    """The usual way to show a metric of that name: accuracies and ECE in percent, losses and costs lower-is-better."""
-    if name in _COSTS:
-        return _COSTS[name]
-    where, _, last = name.rpartition("/")
-    label, percent, higher = _LAST.get(last, (last, False, True))
-    return Metric(name, f"{where} {label}".strip(), percent, higher, 2 if percent else 4)
-
-
-@dataclass(frozen=True)
-class LayoutRow:
-    """A row of the table: its name in the runs, what is printed for it, and the section it stands in ("" for none)."""
-
-    name: str
-    label: str
-    section: str = ""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a table shows. `name` is its file name; `notes` are printed below the table as they are."""
-
-    name: str
     title: str
-    rows: tuple[LayoutRow, ...]
-    reference: str
-    metrics: tuple[Metric, ...] = (metric("test/top1"),)
-    question: str = ""
-    seeds: tuple[int, ...] = ()  # those planned; empty: every seed that the runs have
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        names = [row.name for row in self.rows]
-        if not NAME.fullmatch(self.name):
-            raise UserError(f"A table cannot be named '{self.name}': use letters, digits, '_', '-' and '.'.")
-        if len(set(names)) < len(names):
-            raise UserError(f"Table '{self.name}' names a row twice: give every row its own name.")
-        if self.reference not in names:
-            raise UserError(
-                f"The reference '{self.reference}' of table '{self.name}' is not one of its rows: {', '.join(names)}."
-            )
-        if not self.metrics:
-            raise UserError(f"Table '{self.name}' has no metric: name at least one, such as test/top1.")
+    align: Literal["left", "center", "right"] = "right"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One printed cell, in plain Unicode."""
+    """One printed cell, in plain Unicode. Italic: not measured here."""
 
     text: str
     bold: bool = False
+    italic: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,26 +62,32 @@ class Table:
     notes: tuple[str, ...]
     run_columns: tuple[str, ...]
     runs: tuple[tuple[object, ...], ...]  # the arms behind the cells, as in <name>.runs.csv
+    versions: tuple[str, ...] = ()  # of the code that trained them
+
+    @property
+    def columns(self) -> list[Column]:
+        """Columns in their order."""
+        columns = [Column("row", "left"), *(Column(title, "center") for title in self.layout.marks)]
+        several = len(self.layout.metrics) > 1
+        for shown in self.layout.metrics:
+            which = f" {shown.label}" if several else ""
+            columns.append(Column(shown.heading))
+            if shown.tested:
+                columns += [Column(f"Δ{which} [95 % interval]"), Column(f"p{which} (Holm)")]
+                columns.append(Column(f"verdict{which}", "left"))
+            else:
+                columns.append(Column("÷ reference"))
+        return [*columns, Column("n")]
 
     def header(self) -> list[str]:
         """Column titles."""
-        cells, several = ["row"], len(self.layout.metrics) > 1
-        for shown in self.layout.metrics:
-            which = f" {shown.label}" if several else ""
-            unit = " (%)" if shown.percent else ""
-            cells.append(f"{shown.label}{unit}")
-            if shown.tested:
-                cells += [f"Δ{which} [95 % interval]", f"p{which} (Holm)", f"verdict{which}"]
-            else:
-                cells.append("÷ reference")
-        return [*cells, "n"]
+        return [column.title for column in self.columns]
 
     def cells(self, line: Line) -> list[Cell]:
-        """The cells of one row, in the order of `header`."""
-        row = [Cell(one_line(line.row.label))]
-        (reference,) = [other.comparisons for other in self.lines if other.row.name == self.layout.reference]
-        for shown, result, base in zip(self.layout.metrics, line.comparisons, reference, strict=True):
-            row.append(Cell(_mean(result, shown)))
+        """The cells of one measured row, in the order of `columns`."""
+        row = [Cell(one_line(line.row.label)), *(Cell(one_line(mark)) for mark in line.row.marks)]
+        for shown, result, base in zip(self.layout.metrics, line.comparisons, self.reference.comparisons, strict=True):
+            row.append(Cell(mean_text(result, shown)))
             if not shown.tested:
                 row.append(Cell(_ratio(result, base)))
                 continue
@@ -164,121 +96,78 @@ class Table:
                 Cell(NONE if math.isnan(result.p_holm) else _p(result.p_holm)),
                 Cell(result.verdict if result.n else NONE),
             ]
-        return [*row, Cell(_n(line.comparisons))]
+        return [*row, Cell(n_text(line.comparisons))]
 
-    def _sections(self) -> Iterable[tuple[str, list[Line]]]:
-        """Consecutive rows of one section together."""
-        groups: list[tuple[str, list[Line]]] = []
+    def reported_cells(self, figures: Reported) -> list[Cell]:
+        """The cells of figures that others have reported; `[1]` is the number of their source in the notes."""
+        sources = list(dict.fromkeys(other.source for other in self.layout.reported))
+        texts = [f"{one_line(figures.label)} [{sources.index(figures.source) + 1}]", *[""] * len(self.layout.marks)]
+        for shown in self.layout.metrics:
+            texts.append(figures.values.get(shown.name, NONE).replace("-", "−"))
+            texts += [NONE, NONE, REPORTED] if shown.tested else [NONE]
+        return [Cell(text, italic=True) for text in (*texts, NONE)]
+
+    @property
+    def reference(self) -> Line:
+        """The row that the others are compared with."""
+        return next(line for line in self.lines if line.row.name == self.layout.reference)
+
+    def blocks(self) -> list[tuple[str, list[list[Cell]]]]:
+        """Sections with their rows of cells: consecutive rows of one section together, reported figures at its end."""
+        blocks: list[tuple[str, list[list[Cell]]]] = []
         for line in self.lines:
-            if not groups or groups[-1][0] != line.row.section:
-                groups.append((line.row.section, []))
-            groups[-1][1].append(line)
-        return groups
-
-    def _left(self) -> list[bool]:
-        """Which columns hold words and are set flush left."""
-        of = [[False, False, False, True] if shown.tested else [False, False] for shown in self.layout.metrics]
-        return [True, *itertools.chain.from_iterable(of), False]
+            if not blocks or blocks[-1][0] != line.row.section:
+                blocks.append((line.row.section, []))
+            blocks[-1][1].append(self.cells(line))
+        for figures in self.layout.reported:
+            rows = next((rows for section, rows in reversed(blocks) if section == figures.section), None)
+            if rows is None:
+                rows = []
+                blocks.append((figures.section, rows))
+            rows.append(self.reported_cells(figures))
+        return blocks
 
     def to_markdown(self) -> str:
         """A page of Markdown: title, question, table, notes."""
-        header = self.header()
-        lines = [f"# {escape_markdown(self.layout.title)}", ""]
-        if self.layout.question:
-            lines += [escape_markdown(self.layout.question), ""]
-        lines += [_pipes(header), _pipes([":--" if left else "--:" for left in self._left()])]
-        for section, rows in self._sections():
-            if section:
-                lines.append(_pipes([f"*{escape_markdown(section)}*", *[""] * (len(header) - 1)]))
-            for line in rows:
-                texts = [(escape_markdown(cell.text), cell.bold) for cell in self.cells(line)]
-                lines.append(_pipes([f"**{text}**" if bold else text for text, bold in texts]))
-        return "\n".join([*lines, "", *[f"- {escape_markdown(note)}" for note in self.notes], ""])
+        from analysis.render.markdown import markdown
+
+        return markdown(self)
 
     def to_latex(self) -> str:
         """A `table` environment; the document needs the package booktabs and nothing else."""
-        header = self.header()
-        sentences = [one_line(text) for text in (self.layout.title, self.layout.question) if text]
-        caption = " ".join(escape_latex(text if text[-1:] in ".?!" else f"{text}.") for text in sentences)
-        lines = [
-            r"% Needs \usepackage{booktabs}.",
-            r"\begin{table}",
-            r"  \centering\footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"  \caption{{{caption}}}",
-            rf"  \label{{tab:{self.layout.name}}}",
-            rf"  \begin{{tabular}}{{{''.join('l' if left else 'r' for left in self._left())}}}",
-            r"    \toprule",
-            "    " + _ampersands(escape_latex(title) for title in header),
-        ]
-        for section, rows in self._sections():
-            lines.append(r"    \midrule")
-            if section:
-                lines.append(rf"    \multicolumn{{{len(header)}}}{{l}}{{\textit{{{escape_latex(section)}}}}} \\")
-            for line in rows:
-                texts = [(escape_latex(cell.text), cell.bold) for cell in self.cells(line)]
-                lines.append("    " + _ampersands(rf"\textbf{{{text}}}" if bold else text for text, bold in texts))
-        lines += [
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"  \par\smallskip",
-            r"  \begin{minipage}{\linewidth}\footnotesize\raggedright",
-        ]
-        lines += [f"    {escape_latex(note)}\\par" for note in self.notes]
-        return "\n".join([*lines, r"  \end{minipage}", r"\end{table}", ""])
+        from analysis.render.latex import latex
+
+        return latex(self)
+
+    def to_html(self, figures: Sequence[str] = ()) -> str:
+        """A page that needs nothing but the files beside it; `figures`: names of PNG files among them."""
+        from analysis.render.html import table_page
+
+        return table_page(self, figures)
 
     def to_csv(self) -> str:
         """One line per row and metric, in full precision; `unit` says whether values are percentage points."""
-        fields = ("mean", "sd", "pairs", "delta", "low", "high", "p", "p_holm", "p_sign_flip", "verdict")
-        lines: list[list[object]] = [["row", "label", "section", "reference", "metric", "unit", "n", *fields]]
-        for line in self.lines:
-            for shown, result in zip(self.layout.metrics, line.comparisons, strict=True):
-                scaled = [
-                    value * shown.scale for value in (result.mean, result.sd, result.delta, result.low, result.high)
-                ]
-                middle, sd, delta, low, high = (_number(value) for value in scaled)
-                chances = [_number(value) for value in (result.p, result.p_holm, result.p_sign_flip)]
-                values = [middle, sd, result.pairs, delta, low, high, *chances, result.verdict if result.n else ""]
-                start = [line.row.name, one_line(line.row.label), line.row.section, self.layout.reference]
-                lines.append([*start, shown.name, "points" if shown.percent else "", result.n, *values])
-        return _csv(lines)
+        from analysis.render.separated import numbers_csv
+
+        return numbers_csv(self)
 
     def to_runs_csv(self) -> str:
         """The arms behind the cells: one line per row and seed, metric values as logged."""
-        return _csv([self.run_columns, *self.runs])
+        from analysis.render.separated import runs_csv
+
+        return runs_csv(self)
 
     def to_rich(self) -> rich.table.Table:
         """For a terminal: `rich.console.Console().print(table.to_rich())`."""
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
+        from analysis.render.terminal import rich_table
 
-        title = "\n".join(one_line(text) for text in (self.layout.title, self.layout.question) if text)
-        table = RichTable(
-            title=Text(title),
-            caption=Text("\n".join(self.notes)),
-            box=box.SIMPLE_HEAD,
-            title_justify="left",
-            caption_justify="left",
-        )
-        header = self.header()
-        for name, left in zip(header, self._left(), strict=True):
-            table.add_column(Text(name), justify="left" if left else "right")
-        for section, rows in self._sections():
-            if section:
-                table.add_section()
-                table.add_row(Text(section, style="italic"), *[""] * (len(header) - 1))
-            for line in rows:
-                table.add_row(*[Text(cell.text, style="bold" if cell.bold else "") for cell in self.cells(line)])
-        return table
+        return rich_table(self)
 
     def to_text(self, width: int = 160) -> str:
         """The terminal's table as plain text without colours, wrapped at `width`."""
-        from rich.console import Console
+        from analysis.render.terminal import plain_text
 
-        stream = io.StringIO()
-        console = Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False)
-        console.print(self.to_rich())
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+        return plain_text(self, width)
 
 
 def build_table(frame: pd.DataFrame, layout: Layout, *, allow_mixed_code: bool = False) -> Table:
@@ -305,13 +194,9 @@ def build_table(frame: pd.DataFrame, layout: Layout, *, allow_mixed_code: bool =
         for shown in layout.metrics
     ]
     lines = tuple(Line(row, tuple(results[row.name] for results in compared)) for row in layout.rows)
-    notes = (
-        *_test_notes(layout, lines, seeds),
-        *_gap_notes(layout, lines, part),
-        _version_note(layout, part, allow_mixed_code),
-        *(one_line(note) for note in layout.notes),
-        f"Run ids of every cell: {layout.name}.runs.csv.",
-    )
+    results = [(line.row, line.comparisons) for line in lines]
+    notes = table_notes(layout, results, seeds, part, allow_mixed_code=allow_mixed_code)
+    finished = part[part["status"] == "FINISHED"]
     run_columns = (*COLUMNS, *(shown.name for shown in layout.metrics))
     order = {name: index for index, name in enumerate(names)}
     records = sorted(
@@ -325,89 +210,11 @@ def build_table(frame: pd.DataFrame, layout: Layout, *, allow_mixed_code: bool =
         )
         for record in records
     )
-    return Table(layout, lines, tuple(note for note in notes if note), run_columns, runs)
+    versions = tuple(sorted({str(version) for version in finished["version"]}))
+    return Table(layout, lines, notes, run_columns, runs, versions)
 
 
-def _test_notes(layout: Layout, lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
-    reference = next(one_line(row.label) for row in layout.rows if row.name == layout.reference)
-    results = [
-        result for line in lines for shown, result in zip(layout.metrics, line.comparisons, strict=True) if shown.tested
-    ]
-    tested = max(sum(not math.isnan(line.comparisons[i].p) for line in lines) for i in range(len(layout.metrics)))
-    most = max((result.pairs for result in results), default=0)
-    notes = [f"Mean ± standard deviation over n seeds; seeds {', '.join(map(str, seeds))}."]
-    if len(results) < len(lines) * len(layout.metrics):
-        notes.append(f"÷ reference: the mean over that of {reference}.")
-    if not results:
-        pass
-    elif not any(line.comparisons[0].n for line in lines if line.row.name == layout.reference):
-        notes.append(f"The reference, {reference}, has no finished run yet, so there are no differences.")
-    elif most >= statistics.INTERVAL_FROM:
-        notes.append(
-            f"Δ: mean difference to {reference}, paired by seed, with a paired-t 95 % interval, not adjusted for the "
-            f"number of rows; p: two-sided paired t test, Holm-adjusted over the {tested} compared rows of a metric."
-        )
-    else:
-        notes.append(
-            f"Δ: mean difference to {reference}, paired by seed; "
-            f"under {statistics.INTERVAL_FROM} pairs no interval and no p."
-        )
-    if any(result.verdict == statistics.TOO_SMALL for result in results):
-        notes.append(f"n too small: no verdict under {statistics.VERDICT_FROM} pairs.")
-    if any(result.significant for result in results):
-        notes.append(f"Bold: adjusted p below {statistics.ALPHA:g}.")
-    if any(result.verdict == statistics.SAME_RUNS for result in results):
-        notes.append(
-            "Same runs: the row is the reference's own configuration and shares its runs; nothing is compared."
-        )
-    if any(result.low == result.high for result in results):
-        notes.append("Interval of zero width: all differences are equal; p is then the exact sign-flip p.")
-    if any(not math.isnan(result.p_sign_flip) for result in results):
-        notes.append(f"Exact sign-flip p (unadjusted): {layout.name}.csv.")
-    lower = [shown.label for shown in layout.metrics if not shown.higher_is_better]
-    return [*notes, f"Lower is better: {', '.join(lower)}."] if lower else notes
-
-
-def _gap_notes(layout: Layout, lines: Sequence[Line], part: pd.DataFrame) -> list[str]:
-    """Seeds that are not in a row's mean, and why."""
-    status = {
-        (row, int(seed)): str(state) for row, seed, state in zip(part["row"], part["seed"], part["status"], strict=True)
-    }
-    missing, nonfinite = [], []
-    for line in lines:
-        name, label = line.row.name, one_line(line.row.label)
-        gone = [f"{seed} ({status.get((name, seed), 'no run').lower()})" for seed in line.comparisons[0].missing]
-        if gone:
-            missing.append(f"{label}, seed {', '.join(gone)}")
-        for shown, result in zip(layout.metrics, line.comparisons, strict=True):
-            if result.nonfinite:
-                nonfinite.append(f"{label}, seed {', '.join(map(str, result.nonfinite))} ({shown.label})")
-    notes = [f"Not finished, so not in the row's mean: {'; '.join(missing)}."] if missing else []
-    return (
-        [*notes, f"Without a finite value, so not in the row's mean: {'; '.join(nonfinite)}."] if nonfinite else notes
-    )
-
-
-def _version_note(layout: Layout, part: pd.DataFrame, allow_mixed_code: bool) -> str:
-    finished = part[part["status"] == "FINISHED"]
-    arms: dict[str, set[str]] = {}
-    for version, run in zip(finished["version"], finished["run_id"], strict=True):
-        arms.setdefault(str(version), set()).add(str(run))
-    listed = ", ".join(f"{version} ({count(len(arms[version]), 'arm')})" for version in sorted(arms))
-    if len(arms) > 1 and not allow_mixed_code:
-        raise UserError(
-            f"The arms of table '{layout.name}' were trained by {len(arms)} versions of the code: {listed}; print "
-            f"the table with --allow-mixed-code, or train it with one version by `basd grid {layout.name} --retrain-stale`."
-        )
-    dirty = (
-        " The commit does not pin down code that is -dirty."
-        if any(version.endswith(_DIRTY) for version in arms)
-        else ""
-    )
-    return f"{'Arms of several code versions' if len(arms) > 1 else 'Code version'}: {listed}.{dirty}"
-
-
-def _mean(result: Comparison, shown: Metric) -> str:
+def mean_text(result: Comparison, shown: Metric) -> str:
     if not result.n:
         return NONE
     text = _fixed(result.mean * shown.scale, shown.digits)
@@ -434,7 +241,7 @@ def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _n(results: Sequence[Comparison]) -> str:
+def n_text(results: Sequence[Comparison]) -> str:
     """Seeds in the mean (of how many, if some lack) and pairs where they are fewer; once if all metrics agree."""
     texts = []
     for result in results:
@@ -456,24 +263,5 @@ def _fixed(value: float, digits: int, sign: bool = False) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
-def _number(value: float) -> str:
-    """Shortest text of 12 significant digits for a CSV; empty for what is not there."""
-    return "" if math.isnan(value) else f"{value:.12g}"
-
-
 def _logged(value: float, status: object) -> str:
     return "" if math.isnan(value) and status != "FINISHED" else repr(value)
-
-
-def _csv(lines: Iterable[Sequence[object]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(lines)
-    return stream.getvalue()
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _ampersands(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"

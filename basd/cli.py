@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("name", help="an ablation or a sweep")
     status.add_argument("name", nargs="?", help="an ablation or a sweep; all of them without it")
     report.add_argument("name", nargs="?", help="an ablation or a sweep")
-    report.add_argument("--all", action="store_true", help="every table that has a plan here")
+    report.add_argument("--all", action="store_true", help="every table and sweep that has a plan here")
     grid.add_argument(
         "--retrain-stale", action="store_true", help="train again, once, what other code than the installed one trained"
     )

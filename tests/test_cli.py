@@ -79,8 +79,10 @@ def test_grid_trains_everything_and_prints_the_table(grid) -> None:
     assert "Trained 9 arms" in done.stdout
     assert "mlflow ui" in done.stdout
     written = sorted(path.name for path in folder.glob("reports/*/*"))
-    assert written == [f"leave_one_out.{ending}" for ending in ("csv", "md", "runs.csv", "tex")]
+    assert written == [f"leave_one_out.{ending}" for ending in ("csv", "html", "json", "md", "runs.csv", "tex")]
     assert "\\toprule" in next(folder.glob("reports/*/*.tex")).read_text()
+    index = (folder / "reports" / "index.html").read_text()
+    assert "/leave_one_out.html" in index and "3 n too small" not in index and "2 n too small" in index
 
 
 def test_mlflow_holds_parents_and_nested_arms_by_the_names_of_the_design(grid) -> None:
@@ -141,18 +143,47 @@ def test_the_mirror_holds_every_point_of_the_journal_once(grid) -> None:
 
 def test_a_second_call_trains_nothing_and_prints_the_same(grid, cache: Path) -> None:
     folder, first = grid
-    before = {path: path.read_bytes() for path in folder.glob("reports/*/*")}
+    before = {path: path.read_bytes() for path in folder.glob("reports/**/*") if path.is_file()}
     again = basd("grid", *TABLE, cwd=folder, cache=cache)
     assert again.returncode == 0
     assert "Nothing to train" in again.stdout
     assert table_of(again.stdout) == table_of(first.stdout)
-    assert {path: path.read_bytes() for path in folder.glob("reports/*/*")} == before
+    assert {path: path.read_bytes() for path in before} == before
     report = basd("report", "leave_one_out", cwd=folder, cache=cache)
     assert table_of(report.stdout) == table_of(first.stdout)
+    assert {path: path.read_bytes() for path in folder.glob("reports/**/*") if path.is_file()} == before
     status = basd("status", cwd=folder, cache=cache)
     assert "9 of 9 arms done" in status.stdout
     planned = basd("plan", *TABLE, cwd=folder, cache=cache)
     assert "9 arms, 9 done" in planned.stdout
+
+
+def test_report_all_lists_what_could_not_be_written(
+    grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    folder, _ = grid
+    shutil.copytree(folder / "reports", tmp_path / "reports")
+    monkeypatch.chdir(tmp_path)
+    (plan,) = folder.glob("runs/*/plans/leave_one_out-*.json")
+    plans = tmp_path / "runs" / plan.parent.parent.name / "plans"
+    plans.mkdir(parents=True)
+    values = json.loads(plan.read_text())
+    shutil.copy(plan, plans)
+    (plans / "other-0123.json").write_text(json.dumps({**values, "name": "other"}))
+    (plans / "torn-0123.json").write_text("{")
+    # these runs are in no database here
+    assert main(["report", "--all", "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("No runs of") == 2 and "is not a plan" in said and "Traceback" not in said
+    index = (tmp_path / "reports" / "index.md").read_text()
+    assert "files below are of an earlier report: No runs of 'leave\\_one\\_out'" in index
+    assert "Could not be written: No runs of 'other'" in index and "### torn" in index
+    assert main(["report", "--all", "--quiet", f"tracking.uri=sqlite:///{folder}/mlflow.db"]) == 1
+    index = (tmp_path / "reports" / "index.md").read_text()
+    assert "of an earlier report" not in index and "No runs" not in index and "### torn" in index
+    for path in (tmp_path / "reports").glob("*/leave_one_out.*"):
+        assert path.read_bytes() == next(folder.glob(f"reports/*/{path.name}")).read_bytes()
+    assert (tmp_path / "reports" / plans.parent.name / "other.html").exists()
 
 
 @pytest.mark.slow

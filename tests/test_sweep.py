@@ -83,9 +83,10 @@ def test_it_searches_and_reports(swept: tuple[Path, str]) -> None:
     assert len(trials) == 8 and {state for _, state, *_ in trials} == {"COMPLETE", "PRUNED"}
     assert trials[0][3] == {"recipe.lr": 0.001, "recipe.weight_decay": "0.05"} and trials[0][1] == "COMPLETE"
     assert "Best (trial" in output and "Traceback" not in output
-    reports = next((folder / "reports").iterdir())
+    (reports,) = (path for path in (folder / "reports").iterdir() if path.is_dir())
+    assert "/mine.html" in (folder / "reports" / "index.html").read_text()
     assert {path.name for path in reports.iterdir()} >= {
-        "mine.md", "mine.trials.csv", "mine.history.pdf", "mine.history.png", "mine.epochs.png", "mine.slices.png"}  # fmt: skip
+        "mine.md", "mine.html", "mine.trials.csv", "mine.history.pdf", "mine.history.png", "mine.epochs.png", "mine.slices.png"}  # fmt: skip
 
 
 def test_pruned_arms_end_where_they_were_left(swept: tuple[Path, str]) -> None:

@@ -100,6 +100,7 @@ def swept_plan(given: argparse.Namespace, overrides: list[str], screen: Console)
 
 def sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Path) -> list[Path]:
     """Write and print the report of a sweep; returns the files."""
+    from analysis import write_index
     from analysis.sweeps import command, load_sweep, notes, to_rich, write_sweep_report
 
     assert made.sweep is not None
@@ -111,7 +112,7 @@ def sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Pat
     for note in notes(result):
         screen.print(note, markup=False)
     figures = sorted({path.stem.removeprefix(f"{made.name}.") for path in paths if path.suffix == ".pdf"})
-    written = [str(path) for path in paths if path.suffix not in (".pdf", ".png")]
+    written = [str(path) for path in (*paths, *write_index(reports)) if path.suffix not in (".pdf", ".png")]
     screen.print(f"Written: {', '.join(written)}; figures {', '.join(figures)} beside them (PDF, PNG)", markup=False)
     return paths
 
@@ -133,7 +134,8 @@ def publish_sweep_run(made: Plan, options: GridOptions, screen: Console, files: 
             lock,
             name=made.name,
             configurations=keys,
-            files=files,
+            # a page and the index's entry belong to the folder that their links lead into
+            files=[path for path in files if path.suffix not in (".html", ".json")],
             **tracked(result),
         )
     except Exception as error:

@@ -103,15 +103,21 @@ def table_report(made: Plan, options: GridOptions, screen: Console, allow_mixed_
 
     uri = options.tracking_uri
     frame = analysis.load(made.name, tracking_uri=uri, setting=made.setting, rows=made.cells)
+    marks = made.row_marks
     layout = analysis.Layout(
         name=made.name,
         title=made.name,
-        rows=tuple(analysis.LayoutRow(row.name, row.label, row.section) for row in made.rows),
+        rows=tuple(analysis.LayoutRow(row.name, row.label, row.section, marks[row.name]) for row in made.rows),
         reference=made.reference,
         metrics=tuple(analysis.metric(name) for name in made.metrics),
         question=made.question,
         seeds=made.seeds,
-        notes=(f"Setting: {made.setting}; teacher {teacher_note(made)}.", f"Plan {made.hash}."),
+        notes=made.notes,
+        marks=tuple(made.marks),
+        reported=tuple(analysis.Reported(one.label, one.source, one.values, one.section) for one in made.reported),
+        setting=made.setting,
+        teacher=teacher_note(made),
+        plan=made.hash,
     )
     report = analysis.write_report(frame, layout, reports / made.setting, allow_mixed_code=allow_mixed_code)
     for warning in report.warnings:
@@ -120,7 +126,8 @@ def table_report(made: Plan, options: GridOptions, screen: Console, allow_mixed_
     where = f"mlflow ui --backend-store-uri {without_passwords(uri)}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
     where = without_passwords(uri) if uri.startswith(("http:", "https:")) else where
     screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
-    screen.print(f"Written: {', '.join(str(path) for path in report.paths)}", markup=False)
+    written = [*report.paths, *analysis.write_index(reports)]
+    screen.print(f"Written: {', '.join(str(path) for path in written)}", markup=False)
 
 
 def report(given: argparse.Namespace, overrides: list[str]) -> int:
@@ -143,11 +150,14 @@ def report(given: argparse.Namespace, overrides: list[str]) -> int:
     said = {text.partition("=")[0] for text in overrides}
     failed = 0
     for path in paths:
-        made = Plan.load(path)
-        # the plan knows where its runs are; the command line may say otherwise
-        options = GridOptions.from_config(config if "tracking.uri" in said else made.config)
-        reports = Path(config.runtime.reports if "runtime.reports" in said else made.runtime["reports"])
+        setting, name = path.parent.parent.name, path.stem.rpartition("-")[0]
+        kind, question, reports = "table", "", Path(config.runtime.reports)
         try:
+            made = Plan.load(path)
+            kind, question = "table" if made.sweep is None else "sweep", made.question
+            # the plan knows where its runs are; the command line may say otherwise
+            options = GridOptions.from_config(config if "tracking.uri" in said else made.config)
+            reports = Path(config.runtime.reports if "runtime.reports" in said else made.runtime["reports"])
             if made.sweep is not None:
                 sweep_report(made, options, screen, reports)
             else:
@@ -156,8 +166,21 @@ def report(given: argparse.Namespace, overrides: list[str]) -> int:
             if given.name is not None:
                 raise
             failed += 1
-            print(f"basd: {made.name} in {made.setting}: {error}", file=sys.stderr)
+            print(f"basd: {name} in {setting}: {error}", file=sys.stderr)
+            report_problem(reports, kind, name, setting, question, str(error))
     return 1 if failed else 0
+
+
+def report_problem(reports: Path, kind: str, name: str, setting: str, question: str, problem: str) -> None:
+    """Tell the index which report could not be written, and why; where it cannot be told, stderr has said it."""
+    from contextlib import suppress
+
+    import analysis
+    from analysis.entries import record_problem
+
+    with suppress(UserError):
+        record_problem(reports, kind, name, setting, question, problem)
+        analysis.write_index(reports)
 
 
 def status(given: argparse.Namespace, overrides: list[str]) -> int:

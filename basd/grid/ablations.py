@@ -13,6 +13,7 @@ A file names its rows, or the factors that they are combined from, or both:
       - {name: kd, overrides: [method=kd]}  # stands beside the combinations
 
 `rows_of: NAME` takes over the rows of another file; this file's overrides come after theirs. `metric` is one final metric or a list.
+`marks`, `reported` and `notes` lay out the table: see `basd.grid.layout`.
 
 A row with `factors` takes the place of that combination, under its own name. A row's overrides are the file's, then those of
 its levels, then its own; of two for one key the later counts.
@@ -32,6 +33,7 @@ import yaml
 import basd
 from basd.config import suggest
 from basd.errors import UserError
+from basd.grid.layout import OFF, ON, FileError, Reported, check_keys, read_marks, read_notes, read_reported
 
 FINAL = ("test/top1", "test/top5", "test/nll", "test/ece", "val/top1")
 # of the last epoch, or of the arm
@@ -40,12 +42,14 @@ COSTS = (
     *("cost/student_parameters", "cost/distillation_parameters"),
 )
 METRICS = (*FINAL, *COSTS)
-FILE_KEYS = ("question", "reference", "metric", "seeds", "overrides", "factors", "section", "rows", "rows_of")
+FILE_KEYS = (
+    *("question", "reference", "metric", "seeds", "overrides", "factors", "section", "rows", "rows_of"),
+    *("marks", "reported", "notes"),
+)
 ROW_KEYS = ("name", "label", "section", "factors", "overrides")
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 # combinations are named after what is on, rsd+rel, and after levels, T=2+scale=none
 ROW_NAME = r"[A-Za-z0-9][A-Za-z0-9_.=+-]*"
-ON, OFF = "on", "off"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A file of experiments/. `factors`: names and levels, in the file's order."""
+    """A file of experiments/. `factors`: names and levels, in the file's order; `marks`: settings by column title."""
 
     name: str
     question: str
@@ -70,10 +74,9 @@ class Ablation:
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
     factors: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-class _FileError(Exception):
-    """What is wrong with a file, in one sentence that follows its name."""
+    marks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    reported: tuple[Reported, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def ablation_files() -> dict[str, Path]:
@@ -104,7 +107,7 @@ def load_ablation(name: str, *, may_take_over: bool = True) -> Ablation:
     values = read_yaml(files[name], f"experiments/{name}.yaml")
     try:
         return _read(name, values, may_take_over)
-    except _FileError as error:
+    except FileError as error:
         raise UserError(f"experiments/{name}.yaml: {error}") from error
 
 
@@ -127,40 +130,40 @@ def merge_overrides(*groups: Iterable[str]) -> list[str]:
 
 def _read(name: str, values: Any, may_take_over: bool) -> Ablation:
     if not isinstance(values, Mapping):
-        raise _FileError("it is empty; write question, reference, seeds, and rows or factors.")
-    _check_keys("", values, FILE_KEYS)
+        raise FileError("it is empty; write question, reference, seeds, and rows or factors.")
+    check_keys("", values, FILE_KEYS)
     if "rows_of" in values and not may_take_over:
-        raise _FileError("it takes its own rows from another file; name that one in rows_of.")
+        raise FileError("it takes its own rows from another file; name that one in rows_of.")
     lacking = [key for key in ("question", "reference", "seeds") if key not in values]
     if not {"rows", "factors", "rows_of"} & set(values):
         lacking.append("rows")
     if lacking:
-        raise _FileError(f"it lacks {', '.join(lacking)}; it needs question, reference, seeds, and rows or factors.")
+        raise FileError(f"it lacks {', '.join(lacking)}; it needs question, reference, seeds, and rows or factors.")
     if not re.fullmatch(FILE_NAME, name):
-        raise _FileError(f"the name {name} must be letters, digits, dots, dashes and underscores; rename the file.")
+        raise FileError(f"the name {name} must be letters, digits, dots, dashes and underscores; rename the file.")
     given = values.get("metric", "test/top1")
     metrics = tuple(str(one) for one in given) if isinstance(given, list) else (str(given),)
     for metric in metrics:
         if metric not in METRICS:
-            raise _FileError(f"metric: {metric} is not a final metric{suggest(metric, METRICS)}")
+            raise FileError(f"metric: {metric} is not a final metric{suggest(metric, METRICS)}")
     if not metrics or len(set(metrics)) < len(metrics):
-        raise _FileError("metric must name at least one metric, each once.")
+        raise FileError("metric must name at least one metric, each once.")
     seeds = values["seeds"]
     whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not whole or len(set(seeds)) < len(seeds):
-        raise _FileError(f"seeds {seeds} must be different whole numbers from 0 on, such as [0, 1, 2].")
+        raise FileError(f"seeds {seeds} must be different whole numbers from 0 on, such as [0, 1, 2].")
     common = _overrides("overrides", values.get("overrides", []))
     levels = _factors(values["factors"]) if "factors" in values else {}
     listed = values.get("rows") or []
     if not isinstance(listed, list):
-        raise _FileError("rows must be a list, each row with name and overrides.")
+        raise FileError("rows must be a list, each row with name and overrides.")
     rows = [*_taken_over(values, common), *(_row(row, common, levels) for row in listed)]
     taken: dict[tuple[tuple[str, str], ...], str] = {}
     for row in rows:
         if row.factors:
             other = taken.setdefault(tuple(row.factors.items()), row.name)
             if other != row.name:
-                raise _FileError(f"the rows {other} and {row.name} are the same combination of factors; keep one.")
+                raise FileError(f"the rows {other} and {row.name} are the same combination of factors; keep one.")
     section = str(values.get("section", ""))
     rows += [
         _combination(one, section, common, levels) for one in _combinations(levels) if tuple(one.items()) not in taken
@@ -168,14 +171,24 @@ def _read(name: str, values: Any, may_take_over: bool) -> Ablation:
     names, labels = [row.name for row in rows], [row.label for row in rows]
     for row in rows:
         if names.count(row.name) > 1:
-            raise _FileError(f"two rows are named {row.name}; give each row its own name.")
+            raise FileError(f"two rows are named {row.name}; give each row its own name.")
         if labels.count(row.label) > 1:
-            raise _FileError(f'two rows are labelled "{row.label}"; give each row its own label.')
+            raise FileError(f'two rows are labelled "{row.label}"; give each row its own label.')
     reference = str(values["reference"])
     if reference not in names:
-        raise _FileError(f"the reference {reference} is not a row{suggest(reference, names)}")
-    factors = {factor: tuple(choices) for factor, choices in levels.items()}
-    return Ablation(name, str(values["question"]), reference, metrics, tuple(seeds), tuple(rows), factors)
+        raise FileError(f"the reference {reference} is not a row{suggest(reference, names)}")
+    return Ablation(
+        name=name,
+        question=str(values["question"]),
+        reference=reference,
+        metrics=metrics,
+        seeds=tuple(seeds),
+        rows=tuple(rows),
+        factors={factor: tuple(choices) for factor, choices in levels.items()},
+        marks=read_marks(values["marks"], levels) if "marks" in values else {},
+        reported=read_reported(values["reported"], metrics) if "reported" in values else (),
+        notes=read_notes(values["notes"]) if "notes" in values else (),
+    )
 
 
 def _taken_over(values: Mapping[str, Any], common: Sequence[str]) -> list[Row]:
@@ -183,43 +196,37 @@ def _taken_over(values: Mapping[str, Any], common: Sequence[str]) -> list[Row]:
     if "rows_of" not in values:
         return []
     if "factors" in values:
-        raise _FileError("rows_of and factors do not go together; keep one.")
+        raise FileError("rows_of and factors do not go together; keep one.")
     name = str(values["rows_of"])
     files = ablation_files()
     if name not in files:
-        raise _FileError(f"rows_of: {name} is not an ablation{suggest(name, files)}")
+        raise FileError(f"rows_of: {name} is not an ablation{suggest(name, files)}")
     rows = load_ablation(name, may_take_over=False).rows
     return [replace(row, overrides=tuple(merge_overrides(row.overrides, common)), factors={}) for row in rows]
-
-
-def _check_keys(where: str, values: Mapping[Any, Any], known: Sequence[str]) -> None:
-    for key in values:
-        if key not in known:
-            raise _FileError(f"{where}{key} is not known here{suggest(str(key), known)}")
 
 
 def _overrides(where: str, given: Any) -> list[str]:
     """A list of overrides; none of them sets the seed."""
     if not isinstance(given, list):
-        raise _FileError(f"{where} must be a list, such as [method=basd, selector=uniform].")
+        raise FileError(f"{where} must be a list, such as [method=basd, selector=uniform].")
     texts = [str(text) for text in given]
     if any(text.partition("=")[0] == "seed" for text in texts):
-        raise _FileError(f"{where} sets seed; seeds belong to the whole table, under seeds.")
+        raise FileError(f"{where} sets seed; seeds belong to the whole table, under seeds.")
     return texts
 
 
 def _row(values: Any, common: Sequence[str], levels: Mapping[str, Mapping[str, list[str]]]) -> Row:
     if not isinstance(values, Mapping) or "name" not in values:
-        raise _FileError(f"the row {values!r} lacks a name; write {{name: …, overrides: […]}}.")
+        raise FileError(f"the row {values!r} lacks a name; write {{name: …, overrides: […]}}.")
     name = str(values["name"])
-    _check_keys(f"row {name}: ", values, ROW_KEYS)
+    check_keys(f"row {name}: ", values, ROW_KEYS)
     if not re.fullmatch(ROW_NAME, name):
-        raise _FileError(
+        raise FileError(
             f"the row name {name} must be letters, digits, dots, dashes, underscores, plus and equals signs; "
             "say the rest in its label."
         )
     if "overrides" not in values and "factors" not in values:
-        raise _FileError(f"row {name} lacks overrides; write them as a list, such as [method=basd].")
+        raise FileError(f"row {name} lacks overrides; write them as a list, such as [method=basd].")
     chosen = _levels_of(name, values["factors"], levels) if "factors" in values else {}
     own = _overrides(f"row {name}: overrides", values.get("overrides", []))
     return Row(
@@ -234,41 +241,41 @@ def _row(values: Any, common: Sequence[str], levels: Mapping[str, Mapping[str, l
 def _levels_of(row: str, given: Any, levels: Mapping[str, Mapping[str, list[str]]]) -> dict[str, str]:
     """The combination that a row names, in the order of the factors."""
     if not levels:
-        raise _FileError(f"row {row} names factors, but the file has none; write factors above the rows.")
+        raise FileError(f"row {row} names factors, but the file has none; write factors above the rows.")
     if not isinstance(given, Mapping):
-        raise _FileError(f"row {row}: factors must name a level of each factor, such as {{{next(iter(levels))}: …}}.")
+        raise FileError(f"row {row}: factors must name a level of each factor, such as {{{next(iter(levels))}: …}}.")
     chosen = {str(factor): _level(level) for factor, level in given.items()}
     for factor, level in chosen.items():
         if factor not in levels:
-            raise _FileError(f"row {row}: {factor} is not a factor{suggest(factor, levels)}")
+            raise FileError(f"row {row}: {factor} is not a factor{suggest(factor, levels)}")
         if level not in levels[factor]:
-            raise _FileError(f"row {row}: {level} is not a level of {factor}{suggest(level, levels[factor])}")
+            raise FileError(f"row {row}: {level} is not a level of {factor}{suggest(level, levels[factor])}")
     lacking = [factor for factor in levels if factor not in chosen]
     if lacking:
-        raise _FileError(f"row {row}: factors lacks {', '.join(lacking)}; name a level of each factor.")
+        raise FileError(f"row {row}: factors lacks {', '.join(lacking)}; name a level of each factor.")
     return {factor: chosen[factor] for factor in levels}
 
 
 def _factors(given: Any) -> dict[str, dict[str, list[str]]]:
     """factor → level → overrides."""
     if not isinstance(given, Mapping) or not given:
-        raise _FileError("factors is empty; name at least one with its levels, such as rsd: {on: […], off: […]}.")
+        raise FileError("factors is empty; name at least one with its levels, such as rsd: {on: […], off: […]}.")
     levels: dict[str, dict[str, list[str]]] = {}
     owners: dict[str, str] = {}
     for factor, choices in ((str(factor), choices) for factor, choices in given.items()):
         if not isinstance(choices, Mapping) or len(choices) < 2:
-            raise _FileError(f"factor {factor} needs at least two levels, such as {{on: […], off: […]}}.")
+            raise FileError(f"factor {factor} needs at least two levels, such as {{on: […], off: […]}}.")
         levels[factor] = {}
         for level, overrides in ((_level(level), overrides) for level, overrides in choices.items()):
             for word in (factor, level):
                 if not re.fullmatch(FILE_NAME, word):
-                    raise _FileError(
+                    raise FileError(
                         f"factor {factor}: the name {word} must be letters, digits, dots, dashes and underscores."
                     )
             levels[factor][level] = _overrides(f"factor {factor}, level {level}: overrides", overrides)
             for key in (text.partition("=")[0] for text in levels[factor][level]):
                 if owners.setdefault(key, factor) != factor:
-                    raise _FileError(
+                    raise FileError(
                         f"the factors {owners[key]} and {factor} both set {key}; a key belongs to one factor."
                     )
     return levels

@@ -21,6 +21,7 @@ from basd.config import (
     FrozenArm,
     digest,
     flatten,
+    from_dict,
     join_problems,
     keys_of,
     normalized,
@@ -32,6 +33,7 @@ from basd.data import load as load_data
 from basd.data.images import fingerprint
 from basd.errors import UserError
 from basd.grid.ablations import load_ablation, merge_overrides
+from basd.grid.layout import Reported, marks_of, shown_value
 from basd.grid.options import as_folder
 from basd.models.taps import attention_of
 from basd.training.device import check_device
@@ -72,6 +74,10 @@ class Plan:
     hash: str
     teacher_top1: float | None = None
     notices: tuple[str, ...] = ()
+    # the table's layout: settings by title of a column of marks, figures that others have reported, notes below
+    marks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    reported: tuple[Reported, ...] = ()
+    notes: tuple[str, ...] = ()
     # of a sweep: its study, its pruner and the trials under way (basd.grid.search)
     sweep: dict[str, Any] | None = None
 
@@ -99,6 +105,11 @@ class Plan:
         """The arms of a row, one a seed."""
         return [self.arms[key] for key in self.cells[row].values()]
 
+    @property
+    def row_marks(self) -> dict[str, tuple[str, ...]]:
+        """What each row shows in the columns of marks, from the configurations that are trained."""
+        return marks_of(self.marks, {row.name: from_dict(self.arms_of(row.name)[0].config) for row in self.rows})
+
     def same_arms(self, row: str) -> list[str]:
         """Names of the other rows that are the same computation."""
         return [other for other, cell in self.cells.items() if other != row and cell == self.cells[row]]
@@ -118,6 +129,10 @@ class Plan:
             given["metrics"] = [given.pop("metric")]
         given["metrics"] = tuple(given["metrics"])
         given["notices"] = tuple(given["notices"])
+        # a plan of before tables had a layout has none
+        given["marks"] = {title: tuple(settings) for title, settings in given.get("marks", {}).items()}
+        given["reported"] = tuple(Reported(**figures) for figures in given.get("reported", ()))
+        given["notes"] = tuple(given.get("notes", ()))
         keys = {key for cell in given["cells"].values() for key in cell.values()}
         if keys - set(given["arms"]) or any(key != arm.arm_key for key, arm in given["arms"].items()):
             raise ValueError("cells and arms differ")
@@ -304,12 +319,12 @@ def effective_differences(reference: Config, config: Config) -> list[str]:
         defaults = _defaults(section, now.get("name"))
         for key, value in values.items():
             if key != "name" and value != old.get(key, defaults.get(key, value)):
-                from_old = f"{_shown(old[key])} → " if key in old else ""
-                words.append(f"{section}.{key}: {from_old}{_shown(value)}")
+                from_old = f"{shown_value(old[key])} → " if key in old else ""
+                words.append(f"{section}.{key}: {from_old}{shown_value(value)}")
     if not words and before != after:
         old, new = dict(flatten(before)), dict(flatten(after))
         words = [
-            f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
+            f"{key}: {shown_value(old.get(key))} → {shown_value(new.get(key))}"
             for key in {**old, **new}
             if old.get(key) != new.get(key)
         ]
@@ -328,14 +343,6 @@ def _defaults(section: str, name: str | None) -> dict[str, Any]:
     if section not in GROUPS or name not in GROUPS[section]:
         return {}
     return dict(flatten(dataclasses.asdict(GROUPS[section][name]())))
-
-
-def _shown(value: Any) -> str:
-    """A value as the command line writes it, cut when long."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    text = f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
-    return text if len(text) <= 24 else f"{text[:23]}…"
 
 
 def make_plan(
@@ -389,6 +396,10 @@ def make_plan(
             composed[row.name, seed] = dataclasses.replace(one, config=dataclasses.replace(one.config, seed=seed))
     if problems:
         raise UserError("\n".join(problems))
+    try:
+        marks_of(ablation.marks, {row.name: composed[row.name, seeds[0]].config for row in chosen})
+    except UserError as error:
+        raise UserError(f"experiments/{name}.yaml: {error}") from error
     before_device(composed[ablation.reference, seeds[0]].config)
     for cell in composed.values():
         check_device(cell.config)
@@ -425,4 +436,7 @@ def make_plan(
         hash=digest(identity)[:12],
         teacher_top1=teacher.test_top1,
         notices=(*sorted(unused), *dict.fromkeys(notices)),
+        marks=ablation.marks,
+        reported=ablation.reported,
+        notes=ablation.notes,
     )

@@ -16,12 +16,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from PIL import Image
 
+from analysis.escape import escape_html
+from analysis.render.sweep_page import sweep_page
 from analysis.sweeps import (
     LEAST_FOR_IMPORTANCE,
     command,
     load_sweep,
     ranked,
     short_names,
+    sweep_entry,
     to_csv,
     to_markdown,
     to_rich,
@@ -199,7 +202,7 @@ def test_files_are_written_twice_alike(study: Study, tmp_path: Path) -> None:
     paths = write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "one")
     again = write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "two")
     assert [path.name for path in paths] == [path.name for path in again]
-    assert {path.suffix for path in paths} == {".md", ".csv", ".pdf", ".png"}
+    assert {path.suffix for path in paths} == {".md", ".html", ".csv", ".json", ".pdf", ".png"}
     assert {path.name.split(".")[1] for path in paths if path.suffix == ".png"} == {
         "history",
         "importance",
@@ -230,13 +233,31 @@ def test_a_front_and_seeds_in_order_are_drawn_too(tmp_path: Path) -> None:
     assert "mine.front.png" in names and "mine.epochs.png" not in names
 
 
+def test_the_page_and_the_index_know_the_best_trial(study: Study, tmp_path: Path) -> None:
+    result = load_sweep(study.url, STUDY)
+    html = sweep_page(result, ["mine.history.png"])
+    best = result.best[0]
+    assert f"Best: trial {best.number}, val top-1 (%) {100 * best.values[0]:.2f}" in html and "Which | rate?" in html
+    assert f"<code>{escape_html(command(result, best))}</code>" in html and 'href="mine.history.pdf"' in html
+    assert html.count("<tr>") == 1 + len(result.trials) + 1 + len(result.space)
+    entry = sweep_entry(result, ["mine.history.png"])
+    assert entry.facts["command"] == command(result, best) and entry.facts["study"] == STUDY
+    assert entry.facts["trials"].startswith("12 trials: 9 complete") and entry.facts["code"] == "v1"
+    assert entry.facts["start"].startswith("trial 0, ")
+
+
 def test_nothing_complete_is_a_report_too(tmp_path: Path) -> None:
     study = Study(tmp_path)
     study.add(1e-3, "first", "RUNNING")
     result = load_sweep(study.url, STUDY)
     assert result.best == [] and result.first is None
     assert "1 running" in to_markdown(result) and to_rich(result).row_count == 1
-    assert {path.suffix for path in write_sweep_report(result, tmp_path / "reports")} == {".md", ".csv"}
+    assert {path.suffix for path in write_sweep_report(result, tmp_path / "reports")} == {
+        ".md",
+        ".html",
+        ".csv",
+        ".json",
+    }
 
 
 def test_what_is_not_there_is_one_sentence(study: Study, tmp_path: Path) -> None:

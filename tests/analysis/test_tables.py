@@ -138,7 +138,8 @@ def test_reports_are_byte_identical_whatever_the_order_of_the_runs(
     frame, layout = frame_of(FIVE), layout_of(list(FIVE), notes=("Plan 1234.",))
     first = write_report(frame, layout, tmp_path / "a" / "deep")
     second = write_report(frame.sample(frac=1, random_state=1), layout, tmp_path / "b")
-    assert [path.name for path in first.paths] == ["losses.md", "losses.tex", "losses.csv", "losses.runs.csv"]
+    written = ["losses.md", "losses.tex", "losses.csv", "losses.runs.csv", "losses.html", "losses.json"]
+    assert [path.name for path in first.paths] == written
     for one, two in zip(first.paths, second.paths, strict=True):
         assert one.read_bytes() == two.read_bytes()
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(path.name for path in second.paths)
@@ -209,7 +210,7 @@ def test_latex_compiles(frame_of: Frames, tmp_path: Path) -> None:
         ("x\n  y", "x y"),
         ("a-b --no ---x", "a-b -{}-no -{}-{}-x"),
         ("[a] *b", "{[}a{]} {*}b"),
-        ("λ ± −1", r"$\lambda$ $\pm$ $-$1"),
+        ("λ ± −1 ÷ 2", r"$\lambda$ $\pm$ $-$1 $\div$ 2"),
         ("Müller, naïve, Å", r"M\"{u}ller, na\"{i}ve, \r{A}"),
         ("中", "{[}U+4E2D{]}"),
     ],

@@ -85,12 +85,28 @@ def test_factor_levels_stay_in_the_plan(tiny_plan) -> None:
     assert Plan.load(plan.save()).rows == plan.rows
 
 
+def test_the_layout_stays_in_the_plan_and_marks_are_those_of_its_arms(tiny_plan, tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "laid_out.yaml").write_text(
+        "question: x\nreference: a\nseeds: [0]\nnotes: [One.]\nmarks: {rsd: losses.rsd.enabled, lr: recipe.lr}\n"
+        "reported: [{label: R, source: S, values: {test/top1: 74.5}}]\nrows:\n"
+        "  - {name: a, overrides: [method=basd]}\n  - {name: b, label: with rsd, overrides: [method=ce]}\n"
+    )
+    plan = Plan.load(tiny_plan("laid_out", "recipe.lr=0.01").save())
+    assert plan.row_marks == {"a": ("✓", "0.01"), "b": ("–", "0.01")}
+    assert plan.notes == ("One.",) and plan.reported[0].values == {"test/top1": "74.5"}
+    # a table is the same plan however it is laid out
+    assert plan.hash == tiny_plan("laid_out", "recipe.lr=0.01").hash
+
+
 def test_plans_written_before_there_were_factors_or_several_metrics_still_load(tiny_plan) -> None:
     plan = tiny_plan("leave_one_out", "seeds=[0]")
     values = plan.to_dict()
     (values["metric"],) = values.pop("metrics")
     for row in values["rows"]:
         del row["factors"]
+    for layout in ("marks", "reported", "notes"):
+        del values[layout]
     assert Plan.from_dict(values) == plan
 
 
@@ -200,6 +216,10 @@ def test_bad_input_stops_before_anything_is_fitted(
         (
             "question: x\nreference: a\nseeds: [0]\nrows: [{name: a, overrides: [no override]}]\n",
             'row a: "no override" is not an override',
+        ),
+        (
+            "question: x\nreference: a\nseeds: [0]\nmarks: {x: losses.rsd.enabeld}\nrows: [{name: a, overrides: []}]\n",
+            "experiments/mine.yaml: marks: x: losses.rsd.enabeld is not a setting that changes a result",
         ),
         (
             "question: x\nreference: none\nseeds: [0]\noverrides: [method=basd]\nfactors:\n"

@@ -1,0 +1,56 @@
+"""A table's numbers in full precision, and the arms behind them, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from analysis.escape import one_line
+
+if TYPE_CHECKING:
+    from analysis.tables import Table
+
+_FIELDS = ("mean", "sd", "pairs", "delta", "low", "high", "p", "p_holm", "p_sign_flip", "verdict")
+
+
+def numbers_csv(table: Table) -> str:
+    """One line per row and metric; figures that others have reported stand in a column of their own, without a mean."""
+    layout = table.layout
+    first = ("row", "label", "section", "reference", "metric", "unit", "n", *_FIELDS)
+    lines: list[Sequence[object]] = [(*first, "reported", "source", *layout.marks)]
+    for line in table.lines:
+        for shown, result in zip(layout.metrics, line.comparisons, strict=True):
+            scaled = [value * shown.scale for value in (result.mean, result.sd, result.delta, result.low, result.high)]
+            middle, sd, delta, low, high = (_number(value) for value in scaled)
+            chances = [_number(value) for value in (result.p, result.p_holm, result.p_sign_flip)]
+            values = [middle, sd, result.pairs, delta, low, high, *chances, result.verdict if result.n else ""]
+            start = [line.row.name, one_line(line.row.label), line.row.section, layout.reference]
+            unit = "points" if shown.percent else ""
+            lines.append([*start, shown.name, unit, result.n, *values, "", "", *line.row.marks])
+    for figures in layout.reported:
+        for shown in layout.metrics:
+            if shown.name in figures.values:
+                start = ["", one_line(figures.label), figures.section, "", shown.name]
+                unit = "points" if shown.percent else ""
+                told = [figures.values[shown.name], one_line(figures.source)]
+                lines.append([*start, unit, "", *[""] * len(_FIELDS), *told, *[""] * len(layout.marks)])
+    return _csv(lines)
+
+
+def runs_csv(table: Table) -> str:
+    """One line per row and seed, metric values as logged."""
+    return _csv([table.run_columns, *table.runs])
+
+
+def _number(value: float) -> str:
+    """Shortest text of 12 significant digits; empty for what is not there."""
+    return "" if math.isnan(value) else f"{value:.12g}"
+
+
+def _csv(lines: Iterable[Sequence[object]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(lines)
+    return stream.getvalue()
