@@ -5,17 +5,23 @@ The same runs always give the same bytes: no dates, rows in the layout's order, 
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from analysis import statistics
 from analysis.escape import escape_latex, escape_markdown, one_line
 from analysis.load import COLUMNS, NAME, count
+from analysis.sheets import NONE, Cell
+from analysis.sheets import ampersands as _ampersands
+from analysis.sheets import csv_text as _csv
+from analysis.sheets import fixed as _fixed
+from analysis.sheets import number as _number
+from analysis.sheets import p_text as _p
+from analysis.sheets import pipes as _pipes
 from analysis.statistics import Comparison
 from basd.errors import UserError
 
@@ -23,7 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import rich.table
 
-NONE = "–"  # nothing can be said here
 _DIRTY = "-dirty"
 
 
@@ -77,11 +82,15 @@ def metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class LayoutRow:
-    """A row of the table: its name in the runs, what is printed for it, and the section it stands in ("" for none)."""
+    """A row of the table: its name in the runs, what is printed for it, and the section it stands in ("" for none).
+
+    `factors`: its level of each factor, where the table is a factorial and the row one of the combinations.
+    """
 
     name: str
     label: str
     section: str = ""
+    factors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class Layout:
     question: str = ""
     seeds: tuple[int, ...] = ()  # those planned; empty: every seed that the runs have
     notes: tuple[str, ...] = ()
+    # a Δ of the first tested metric, in the unit shown: the report says how many seeds would show it
+    wanted_delta: float | None = None
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -109,14 +120,6 @@ class Layout:
             )
         if not self.metrics:
             raise UserError(f"Table '{self.name}' has no metric: name at least one, such as test/top1.")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One printed cell, in plain Unicode."""
-
-    text: str
-    bold: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,9 @@ class Table:
 
     def to_csv(self) -> str:
         """One line per row and metric, in full precision; `unit` says whether values are percentage points."""
-        fields = ("mean", "sd", "pairs", "delta", "low", "high", "p", "p_holm", "p_sign_flip", "verdict")
+        from analysis.precision import CSV_FIELDS, csv_values
+
+        fields = ("mean", "sd", "pairs", "delta", "low", "high", "p", "p_holm", "p_sign_flip", "verdict", *CSV_FIELDS)
         lines: list[list[object]] = [["row", "label", "section", "reference", "metric", "unit", "n", *fields]]
         for line in self.lines:
             for shown, result in zip(self.layout.metrics, line.comparisons, strict=True):
@@ -239,6 +244,7 @@ class Table:
                 chances = [_number(value) for value in (result.p, result.p_holm, result.p_sign_flip)]
                 values = [middle, sd, result.pairs, delta, low, high, *chances, result.verdict if result.n else ""]
                 start = [line.row.name, one_line(line.row.label), line.row.section, self.layout.reference]
+                values += csv_values(self.layout, shown, result)
                 lines.append([*start, shown.name, "points" if shown.percent else "", result.n, *values])
         return _csv(lines)
 
@@ -430,10 +436,6 @@ def _ratio(result: Comparison, reference: Comparison) -> str:
     return f"{result.mean / reference.mean:.2f}"
 
 
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _n(results: Sequence[Comparison]) -> str:
     """Seeds in the mean (of how many, if some lack) and pairs where they are fewer; once if all metrics agree."""
     texts = []
@@ -448,32 +450,5 @@ def _n(results: Sequence[Comparison]) -> str:
     return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
 
 
-def _fixed(value: float, digits: int, sign: bool = False) -> str:
-    """Fixed digits with a true minus; what rounds to zero has no sign."""
-    if math.isnan(value):
-        return NONE
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
-
-
-def _number(value: float) -> str:
-    """Shortest text of 12 significant digits for a CSV; empty for what is not there."""
-    return "" if math.isnan(value) else f"{value:.12g}"
-
-
 def _logged(value: float, status: object) -> str:
     return "" if math.isnan(value) and status != "FINISHED" else repr(value)
-
-
-def _csv(lines: Iterable[Sequence[object]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(lines)
-    return stream.getvalue()
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _ampersands(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
