@@ -212,7 +212,8 @@ def factorial(
     order: int = 2,
 ) -> Factorial:
     """`analyse` on an arms frame (`analysis.load`); only finished arms count. Errors as of `analysis.compare`."""
-    values, _ = statistics.finished_values(frame, metric, list(design.rows.values()))
+    # all rows of the frame: where only those beside the design have finished, its combinations are gaps
+    values, _ = statistics.finished_values(frame, metric, list(dict.fromkeys(frame["row"])))
     return analyse(values, design, metric=metric, seeds=seeds, higher_is_better=higher_is_better, order=order)
 
 

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     import rich.table
 
 OF_A_SWITCH = (ALONE, WITHOUT, MAIN, SHAPLEY)  # in the order in which they are shown
+_IN_CSV = {
+    ALONE: "alone",
+    WITHOUT: "leave_one_out",
+    MAIN: "main",
+    SHAPLEY: "shapley",
+    ALL: "all",
+    INTERACTION: "interaction",
+}
 _NAMED = 3  # combinations that a sentence names before it counts
 
 
@@ -77,16 +85,33 @@ class FactorialReport:
                 scaled = [number(value * shown.scale) for value in (effect.delta, effect.low, effect.high)]
                 chances = [number(value) for value in (effect.p, effect.p_holm, effect.p_sign_flip)]
                 levels = " ".join(f"{factor}={level}" for factor, level in effect.levels)
-                start = [shown.name, "points" if shown.percent else "", effect.kind, effect.name, levels, effect.n]
+                start = [
+                    shown.name,
+                    "points" if shown.percent else "",
+                    _IN_CSV[effect.kind],
+                    effect.name,
+                    levels,
+                    effect.n,
+                ]
                 lines.append([*start, *scaled, *chances, effect.verdict, " ".join(map(str, effect.seeds))])
         return csv_text(lines)
 
     def to_rich(self) -> list[rich.table.Table]:
-        """For a terminal: of each metric one short table without interactions."""
+        """For a terminal: of each metric one short table without interactions; none of a metric without any effect."""
         return [
             short_sheet(shown, found).rich(f"Effects of the factors on {_titled(shown)}", self._caption(found))
             for shown, found in zip(self.metrics, self.factorials, strict=True)
+            if _says_something(found)
         ]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence for each metric in which no factor has an effect to show."""
+        return tuple(
+            f"No effects of the factors on {shown.label}. {gap_sentence(found)}"
+            for shown, found in zip(self.metrics, self.factorials, strict=True)
+            if not _says_something(found)
+        )
 
     def _caption(self, found: Factorial) -> str:
         lacking = f"{gap_sentence(found)}\n" if found.gaps else ""
@@ -188,6 +213,10 @@ def _titled(shown: Metric) -> str:
 def _change(effect: Effect, design: Design) -> str:
     ((factor, level),) = effect.levels
     return f"{level} − {design.base[factor]}"
+
+
+def _says_something(found: Factorial) -> bool:
+    return any(effect.n for kind in OF_A_SWITCH for effect in found.of(kind))
 
 
 def gap_sentence(found: Factorial) -> str:

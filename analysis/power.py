@@ -58,4 +58,5 @@ def deviation_factors(pairs: int) -> tuple[float, float]:
     from scipy import stats
 
     freedom = pairs - 1
-    return tuple(math.sqrt(freedom / float(stats.chi2.isf(tail, freedom))) for tail in (0.025, 0.975))  # type: ignore[return-value]
+    high, low = (float(stats.chi2.isf(tail, freedom)) for tail in (0.025, 0.975))
+    return math.sqrt(freedom / high), math.sqrt(freedom / low)

@@ -4,6 +4,7 @@ reader never sees half of one."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """The table, the files written, and what the user should be told (from the loading of the runs).
+    """The table, the files written, and what the user should be told (of the loading of the runs, of the factors).
 
     `factorial`: the effects of the factors, where the table's rows have some.
     """
@@ -71,12 +72,13 @@ def write_report(frame: pd.DataFrame, layout: Layout, directory: Path, *, allow_
         ) from error
     drawn = table_figures.draw(table, factorial, directory)
     paths = (*(target for _, target in temporary), *drawn)
-    return Report(table, paths, tuple(frame.attrs.get("warnings", ())), factorial)
+    warnings = (*frame.attrs.get("warnings", ()), *(factorial.warnings if factorial is not None else ()))
+    return Report(table, paths, warnings, factorial)
 
 
-def _page(table: Table, figures: dict[str, str]) -> str:
-    """The table's Markdown with the block on precision and power and the figure under it."""
-    lines = ["", *precision_block(table)]
+def _page(table: Table, figures: Mapping[str, str]) -> str:
+    """The table's Markdown with the block on precision and power and the forest plot under it."""
+    parts = [table.to_markdown(), "\n".join(precision_block(table))]
     if "forest" in figures:
-        lines.append(f"![{figures['forest']}]({figures['forest']})")
-    return f"{table.to_markdown()}{chr(10).join(lines).rstrip()}".rstrip() + "\n"
+        parts.append(f"![{figures['forest']}]({figures['forest']})\n")
+    return "\n".join(part for part in parts if part).rstrip() + "\n"

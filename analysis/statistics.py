@@ -152,7 +152,7 @@ def correlation(values: Sequence[float], others: Sequence[float]) -> float:
 def hedges_correction(freedom: int) -> float:
     """Factor that makes a standardized mean difference unbiased: Γ(m/2) / (√(m/2) Γ((m−1)/2)), m ≥ 2 degrees of freedom.
 
-    Hedges (1981), Distribution theory for Glass's estimator of effect size, equation 6e.
+    Hedges (1981), Distribution theory for Glass's estimator of effect size and related estimators.
     """
     return math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
 

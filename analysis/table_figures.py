@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from analysis.escape import one_line
 from analysis.factorial import INTERACTION, SHAPLEY, Effect, Factorial
 from analysis.factorial_report import OF_A_SWITCH, FactorialReport, value_text
-from analysis.statistics import NO_DIFFERENCE, SAME_RUNS, TOO_SMALL, Comparison
+from analysis.statistics import ALPHA, NO_DIFFERENCE, SAME_RUNS, TOO_SMALL, Comparison
 from analysis.style import COLOURS, COLUMN, GREY, PAGE, save, style
 from analysis.tables import Metric, Table
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FIGURES = ("forest", "shapley", "interactions")
 BLUE = COLOURS[0]
 LABEL_WIDTH = 27  # characters of a row's label in a line; more would leave a column no room for the intervals
 LINE, GAP = 0.125, 0.055  # inches: a line of a label, and the room between rows
@@ -37,9 +38,6 @@ def drawable(table: Table, factorial: FactorialReport | None) -> dict[str, Calla
         if any(found.complete_seeds and found.of(INTERACTION) for found in factorial.factorials):
             figures["interactions"] = lambda: interactions(factorial)
     return figures
-
-
-FIGURES = ("forest", "shapley", "interactions")
 
 
 def draw(table: Table, factorial: FactorialReport | None, directory: Path) -> list[Path]:
@@ -121,7 +119,7 @@ def _legend(figure: Figure, axes: list[Axes], results: list[Comparison]) -> None
     """What filled and open markers say, as far as both are there."""
     entries = []
     if any(result.significant for result in results):
-        entries.append((BLUE, "better or worse (p < 0.05, Holm)"))
+        entries.append((BLUE, f"better or worse (p < {ALPHA:g}, Holm)"))
     kinds = {result.verdict for result in results} & {NO_DIFFERENCE, TOO_SMALL}
     if kinds:
         entries.append(("white", " or ".join(kind for kind in (NO_DIFFERENCE, TOO_SMALL) if kind in kinds)))
@@ -132,7 +130,8 @@ def _legend(figure: Figure, axes: list[Axes], results: list[Comparison]) -> None
 
 def _heights(rows: list[tuple[str, int | None]]) -> tuple[list[float], float]:
     """Where the middle of each label stands, in inches from the top, so that none meets another; and the height of all."""
-    heights, top = [], 0.0
+    heights: list[float] = []
+    top = 0.0
     for label, index in rows:
         if index is None and heights:
             top += GAP
@@ -158,7 +157,8 @@ def _wrapped(label: str, width: int = LABEL_WIDTH) -> str:
 
 
 def _with_unit(shown: Metric) -> str:
-    return f"{shown.label} (points)" if shown.percent else shown.label
+    said = [*["points"] * shown.percent, *["lower is better"] * (not shown.higher_is_better)]
+    return f"{shown.label} ({', '.join(said)})" if said else shown.label
 
 
 def shapley(report: FactorialReport) -> Figure:

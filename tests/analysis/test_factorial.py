@@ -208,11 +208,16 @@ def test_intervals_of_all_effects_cover_the_truth_in_95_of_100(n: int) -> None:
     exact: Values = {row: {0: value} for row, value in truth.items()}
     shares = shapley_by_orders(game_of(rows, exact, 0), "abc")
     fitted = least_squares(rows, exact, dict.fromkeys("abc", "off"))
-    for place, (kind, name) in enumerate(kinds):
-        if kind in (SHAPLEY, MAIN, INTERACTION):
-            true = shares[name] if kind == SHAPLEY else fitted[name]
-            share = np.mean(abs(means[:, place] - true) <= reach[:, place])
-            assert abs(share - 0.95) < 3.5 * math.sqrt(0.95 * 0.05 / runs), (kind, name)
+    game, everything = game_of(rows, exact, 0), frozenset("abc")
+    true = {(SHAPLEY, name): share for name, share in shares.items()} | {
+        (kind, name): fitted[name] for kind, name in kinds if kind in (MAIN, INTERACTION)
+    }
+    true |= {(ALONE, name): game[frozenset(name)] - game[frozenset()] for name in "abc"}
+    true |= {(WITHOUT, name): game[everything] - game[everything - {name}] for name in "abc"}
+    true[ALL, ALL] = game[everything] - game[frozenset()]
+    for place, effect in enumerate(kinds):
+        share = np.mean(abs(means[:, place] - true[effect]) <= reach[:, place])
+        assert abs(share - 0.95) < 3.5 * math.sqrt(0.95 * 0.05 / runs), effect
     # and these are the intervals that are reported
     for run in range(3):
         values = {row: dict(enumerate(draws[run, :, place].tolist())) for place, row in enumerate(rows)}
@@ -337,10 +342,12 @@ def test_the_pages_say_the_same_as_the_effects(frame_of: Frames) -> None:
     lines = list(csv.DictReader(io.StringIO(report.to_csv())))
     assert len(lines) == len(found.effects) == 4 * 3 + 1 + 3
     for line, effect in zip(lines, found.effects, strict=True):
-        assert (line["kind"], line["effect"], line["unit"]) == (effect.kind, effect.name, "points")
+        assert (line["effect"], line["unit"]) == (effect.name, "points")
         assert float(line["delta"]) == pytest.approx(100 * effect.delta)
         assert float(line["high"]) == pytest.approx(100 * effect.high)
         assert float(line["p_holm"]) == pytest.approx(effect.p_holm) and line["seeds"] == "0 1 2 3 4"
+    kinds = ["alone", "leave_one_out", "shapley", "all", "main", "interaction"]
+    assert list(dict.fromkeys(line["kind"] for line in lines)) == kinds
     (share,) = found.of(SHAPLEY, "c")
     delta, low, high = (f"{100 * value:+.2f}".replace("-", "−") for value in (share.delta, share.low, share.high))
     assert share.verdict == "better"
@@ -383,7 +390,21 @@ def test_missing_combinations_are_one_sentence_and_no_number(frame_of: Frames, t
     assert sentence in str(report.to_rich()[0].caption)
     subset = {name: own for name, own in rows.items() if name != "on-on"}
     few = build_factorial(frame_of(values), layout_of_rows(subset))
-    assert few is not None and "a+b (seed 0, 1, 2)" in few.to_markdown()
+    assert few is not None and "a+b (seed 0, 1, 2)" in few.to_markdown() and not few.warnings
+
+
+def test_where_no_effect_has_its_combinations_the_user_is_told(frame_of: Frames, tmp_path: Path) -> None:
+    rows = switches(3)
+    few = {name: rows[name] for name in ("off-off-off", "on-on-on")} | {"beside": {}}
+    values = random_values(few, seeds=2)
+    for finished in (values, {"beside": values["beside"]}):
+        report = write_report(frame_of(finished), layout_of_rows(few), tmp_path)
+        assert report.factorial is not None and report.factorial.to_rich() == []
+        (said,) = report.warnings
+        assert said.startswith("No effects of the factors on test top-1. Without a finite value: ")
+        assert (
+            f"{len(rows) - (2 if finished is values else 0)} of the 8 combinations" in said and " more; no seed" in said
+        )
 
 
 def test_a_table_without_factors_has_no_such_report(frame_of: Frames, layout_of: Callable[..., Layout]) -> None:
