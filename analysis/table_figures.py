@@ -74,7 +74,7 @@ def forest(table: Table) -> Figure:
     heights, total = _heights(rows)
     width = COLUMN if len(places) == 1 else PAGE
     figure, axes = pyplot.subplots(
-        1, len(places), figsize=(width, total + 0.75), squeeze=False, sharey=True, layout="constrained"
+        1, len(places), figsize=(width, total + 0.9), squeeze=False, sharey=True, layout="constrained"
     )
     reference = next(one_line(line.row.label) for line in table.lines if line.row.name == table.layout.reference)
     for axis, place in zip(axes[0], places, strict=True):
@@ -84,8 +84,7 @@ def forest(table: Table) -> Figure:
                 _row(axis, table.lines[at].comparisons[place], shown.scale, y)
         axis.axvline(0, color="black", lw=0.8, zorder=1)
         measured = any(not math.isnan(line.comparisons[place].low) for line in table.lines)
-        text = f"Δ {_with_unit(shown)} to {reference}{', 95 % intervals' if measured else ''}"
-        axis.set_xlabel(_wrapped(text, 40 if len(places) == 1 else 30))
+        _name_values(axis, f"Δ {_with_unit(shown)} to {reference}", measured)
         axis.tick_params(axis="y", length=0)
         axis.grid(False, axis="y")
     _label_rows(axes[0, 0], rows, heights, total)
@@ -150,9 +149,13 @@ def _label_rows(axis: Axes, rows: list[tuple[str, int | None]], heights: list[fl
     axis.set_ylim(total, 0)
 
 
+def _name_values(axis: Axes, text: str, measured: bool) -> None:
+    axis.set_xlabel(_wrapped(text, 38) + "\n95 % intervals" * measured)
+
+
 def _wrapped(label: str, width: int = LABEL_WIDTH) -> str:
     """At most three lines; a dollar sign is no mathematics."""
-    lines = textwrap.wrap(one_line(label), width, max_lines=3, placeholder=" …") or [""]
+    lines = textwrap.wrap(one_line(label), width, max_lines=3, placeholder=" …", break_on_hyphens=False) or [""]
     return "\n".join(lines).replace("$", r"\$")
 
 
@@ -190,7 +193,7 @@ def shapley(report: FactorialReport) -> Figure:
         axis.set_yticks(range(len(switches)), [_wrapped(switch) for switch in switches])
         axis.set_ylim(len(switches) - 0.5, -0.5)
         measured = any(not math.isnan(effect.low) for effect in found.effects)
-        axis.set_xlabel(_wrapped(f"effect on {_with_unit(shown)}{', 95 % intervals' if measured else ''}", 48))
+        _name_values(axis, f"effect on {_with_unit(shown)}", measured)
         axis.tick_params(axis="y", length=0)
         axis.grid(False, axis="y")
     handles = [
