@@ -5,27 +5,32 @@ The modules imported here are light; mlflow, pandas, scipy and rich are imported
 (`load` and `histories` the functions deliberately cover the modules of these names, so that `analysis.load("losses")` works.)
 """
 
+from analysis.factorial_report import FactorialReport, build_factorial
 from analysis.histories import histories, selector_history, weight_history
 from analysis.index import write_index
 from analysis.layout import Layout, LayoutRow, Metric, Reported, metric
 from analysis.load import load
+from analysis.power import seeds_needed
 from analysis.report import Report, write_report
 from analysis.statistics import Comparison, compare
 from analysis.tables import Table, build_table
 
 __all__ = [
     "Comparison",
+    "FactorialReport",
     "Layout",
     "LayoutRow",
     "Metric",
     "Report",
     "Reported",
     "Table",
+    "build_factorial",
     "build_table",
     "compare",
     "histories",
     "load",
     "metric",
+    "seeds_needed",
     "selector_history",
     "weight_history",
     "write_index",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from analysis.load import NAME
 from basd.errors import UserError
@@ -67,13 +67,15 @@ def metric(name: str) -> Metric:
 class LayoutRow:
     """A row of the table: its name in the runs, what is printed for it, and the section it stands in ("" for none).
 
-    `marks`: what it shows in each of the layout's mark columns.
+    `marks`: what it shows in each of the layout's mark columns. `factors`: its level of each factor, where the table is a
+    factorial and the row one of the combinations.
     """
 
     name: str
     label: str
     section: str = ""
     marks: tuple[str, ...] = ()
+    factors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Layout:
     setting: str = ""
     teacher: str = ""
     plan: str = ""
+    # a Δ of the first tested metric, in the unit shown: the report says how many seeds would show it
+    wanted_delta: float | None = None
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]

@@ -3,7 +3,7 @@
 What is reported, and from how many pairs on (fewer give NaN, never a guess):
 
 * Δ, the mean of the paired differences: 1 pair;
-* the paired-t 95 % interval and two-sided p: 3 pairs;
+* the paired-t 95 % interval and two-sided p, the deviation of the differences, the effect size and the correlation: 3 pairs;
 * the Holm-adjusted p over all compared rows that have a p;
 * a verdict from the adjusted p at 0.05: 5 pairs, below that "n too small";
 * the exact sign-flip p: 6 pairs (with n pairs it cannot be below 2 / 2**n).
@@ -63,6 +63,18 @@ class Comparison:
     p_holm: float = math.nan
     p_sign_flip: float = math.nan
     verdict: str = ""
+    sd_differences: float = math.nan  # sample standard deviation of the paired differences; 0 where they are all equal
+    correlation: float = math.nan  # Pearson's, between the row and the reference over the paired seeds
+
+    @property
+    def d_z(self) -> float:
+        """Δ over the standard deviation of the paired differences; NaN where they are all equal."""
+        return self.delta / self.sd_differences if self.sd_differences > 0 else math.nan
+
+    @property
+    def g_z(self) -> float:
+        """d_z with Hedges' correction, without which few pairs overstate it."""
+        return math.nan if math.isnan(self.d_z) else self.d_z * hedges_correction(self.pairs - 1)
 
     @property
     def n(self) -> int:
@@ -89,6 +101,8 @@ class Paired:
     high: float
     p: float
     p_sign_flip: float
+    sd: float = math.nan  # of the differences
+    correlation: float = math.nan
 
 
 def mean(values: Sequence[float]) -> float:
@@ -114,13 +128,33 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> Paired:
     shown_flip = flip if n >= SIGN_FLIP_FROM else math.nan
     if n < INTERVAL_FROM:
         return Paired(delta, math.nan, math.nan, math.nan, shown_flip)
+    together = correlation(values, reference)
     if max(differences) - min(differences) <= noise:
-        return Paired(delta, delta, delta, flip, shown_flip)
+        return Paired(delta, delta, delta, flip, shown_flip, 0.0, together)
     from scipy import stats
 
     test = stats.ttest_rel(values, reference)
     interval = test.confidence_interval(CONFIDENCE)
-    return Paired(delta, float(interval.low), float(interval.high), float(test.pvalue), shown_flip)
+    low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
+    return Paired(delta, low, high, p, shown_flip, standard_deviation(differences), together)
+
+
+def correlation(values: Sequence[float], others: Sequence[float]) -> float:
+    """Pearson's; NaN below two pairs or where one of the two does not vary."""
+    ours, theirs = ([value - mean(one) for value in one] for one in (values, others))
+    for one, deviations in ((values, ours), (others, theirs)):
+        if max(map(abs, deviations), default=0.0) <= _ROUNDING * max(map(abs, one), default=0.0):
+            return math.nan
+    squares = math.fsum(a * a for a in ours) * math.fsum(b * b for b in theirs)
+    return max(-1.0, min(1.0, math.fsum(a * b for a, b in zip(ours, theirs, strict=True)) / math.sqrt(squares)))
+
+
+def hedges_correction(freedom: int) -> float:
+    """Factor that makes a standardized mean difference unbiased: Γ(m/2) / (√(m/2) Γ((m−1)/2)), m ≥ 2 degrees of freedom.
+
+    Hedges (1981), Distribution theory for Glass's estimator of effect size and related estimators.
+    """
+    return math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
 
 
 def sign_flip(differences: Sequence[float], noise: float = 0.0) -> float:
@@ -194,22 +228,24 @@ def compare_values(
                     high=pair.high,
                     p=pair.p,
                     p_sign_flip=pair.p_sign_flip,
+                    sd_differences=pair.sd,
+                    correlation=pair.correlation,
                 )
         results[row] = result
     adjusted = holm([result.p for result in results.values()])
     for (row, result), p_holm in zip(results.items(), adjusted, strict=True):
-        results[row] = replace(
-            result, p_holm=p_holm, verdict=result.verdict or _verdict(result, p_holm, higher_is_better)
-        )
+        said = result.verdict or verdict(result.delta, result.pairs, p_holm, higher_is_better)
+        results[row] = replace(result, p_holm=p_holm, verdict=said)
     return results
 
 
-def _verdict(result: Comparison, p_holm: float, higher_is_better: bool) -> str:
-    if result.pairs < VERDICT_FROM:
+def verdict(delta: float, pairs: int, p_holm: float, higher_is_better: bool = True) -> str:
+    """What may be said of a difference: better or worse, no difference shown, n too small."""
+    if pairs < VERDICT_FROM:
         return TOO_SMALL
     if not p_holm < ALPHA:
         return NO_DIFFERENCE
-    return BETTER if (result.delta > 0) == higher_is_better else WORSE
+    return BETTER if (delta > 0) == higher_is_better else WORSE
 
 
 def compare(
@@ -231,6 +267,25 @@ def compare(
     part = frame[frame["row"].isin(names)]
     if seeds is None:
         seeds = {int(seed) for seed in part["seed"]}
+    values, runs = finished_values(part, metric, names)
+    base = runs.get(reference, {})
+    same = [
+        name
+        for name in names
+        if name != reference
+        and (common := runs[name].keys() & base.keys())
+        and all(runs[name][s] == base[s] for s in common)
+    ]
+    return compare_values(
+        values, reference=reference, metric=metric, seeds=seeds, higher_is_better=higher_is_better, same_runs=same
+    )
+
+
+def finished_values(
+    frame: pd.DataFrame, metric: str, names: Sequence[str]
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, str]]]:
+    """Values and run ids of the finished arms of these rows, row -> seed; errors as of `compare`."""
+    part = frame[frame["row"].isin(names)]
     finished = part[part["status"] == "FINISHED"]
     if finished.empty:
         raise UserError(
@@ -248,17 +303,7 @@ def compare(
         if seed in values[row]:
             raise ValueError(f"row '{row}' has seed {seed} twice in the frame; analysis.load keeps one run of each")
         values[row][int(seed)], runs[row][int(seed)] = float(value), run
-    base = runs.get(reference, {})
-    same = [
-        name
-        for name in names
-        if name != reference
-        and (common := runs[name].keys() & base.keys())
-        and all(runs[name][s] == base[s] for s in common)
-    ]
-    return compare_values(
-        values, reference=reference, metric=metric, seeds=seeds, higher_is_better=higher_is_better, same_runs=same
-    )
+    return values, runs
 
 
 def no_such_metric(metric: str, known: Collection[str]) -> str:

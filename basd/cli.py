@@ -76,9 +76,25 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--allow-mixed-code", action="store_true", help="print a table whose arms are of several code versions"
         )
+        one.add_argument(
+            "--delta",
+            type=_difference,
+            metavar="D",
+            help="also say how many seeds show a difference of D, in the unit of the table's first metric",
+        )
     for one in (train, plan, grid, sweep, worker, status, audit, sync, report, teacher, export, bench, doctor):
         one.add_argument("overrides", nargs="*", help=OVERRIDES_HELP)
     return root
+
+
+def _difference(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0, such as 0.5")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

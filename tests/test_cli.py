@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -79,7 +80,8 @@ def test_grid_trains_everything_and_prints_the_table(grid) -> None:
     assert "Trained 9 arms" in done.stdout
     assert "mlflow ui" in done.stdout
     written = sorted(path.name for path in folder.glob("reports/*/*"))
-    assert written == [f"leave_one_out.{ending}" for ending in ("csv", "html", "json", "md", "runs.csv", "tex")]
+    endings = ("csv", "forest.pdf", "forest.png", "html", "json", "md", "runs.csv", "tex")
+    assert written == [f"leave_one_out.{ending}" for ending in endings]
     assert "\\toprule" in next(folder.glob("reports/*/*.tex")).read_text()
     index = (folder / "reports" / "index.html").read_text()
     assert "/leave_one_out.html" in index and "3 n too small" not in index and "2 n too small" in index
@@ -220,6 +222,51 @@ def test_train_knows_an_arm_that_a_grid_has_finished(grid, cache: Path) -> None:
     done = basd("train", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1", cwd=folder, cache=cache)
     assert done.returncode == 0
     assert "Finished before: val/top1" in done.stdout
+
+
+FACTORIAL = """
+question: Does attn do the same in company?
+reference: losses+attn
+seeds: [0, 1, 2]
+factors:
+  losses: {on: [method=basd], off: [method=ce]}
+  attn: {on: [], off: [losses.attn.enabled=false]}
+"""
+
+
+@pytest.mark.slow
+def test_a_factorial_of_trained_arms_is_reported_by_its_factors(
+    grid, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(grid[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASD_CACHE", str(cache))
+    monkeypatch.setenv("COLUMNS", "160")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text(FACTORIAL)
+    assert main(["grid", "--quiet", "mine", *TINY, "recipe.duration=2 epochs", "--delta", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing to train" in said
+    assert "Effects of the factors on test top-1 (points)" in said and "Shapley value" in said
+    (reports,) = (tmp_path / "reports").iterdir()
+    assert "seeds for Δ = 0.5" in (reports / "mine.md").read_text()
+    effects = {(line["kind"], line["effect"]): line for line in csv.DictReader((reports / "mine.factorial.csv").open())}
+    # attn changes nothing where there are no losses: there the row folds into cross-entropy
+    assert effects["alone", "attn"]["delta"] == "0" and effects["alone", "attn"]["p_holm"] == "1"
+    assert float(effects["shapley", "attn"]["delta"]) == pytest.approx(
+        float(effects["leave_one_out", "attn"]["delta"]) / 2
+    )
+    before = {path: path.read_bytes() for path in reports.glob("mine.*")}
+    assert len(before) == 4 + 3 + 6
+    assert main(["report", "--quiet", "mine", "--delta", "0.5"]) == 0
+    assert {path: path.read_bytes() for path in reports.glob("mine.*")} == before
+
+
+def test_a_wanted_difference_is_a_number_above_0(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("0", "-1", "much", "inf"):
+        with pytest.raises(SystemExit):
+            main(["report", "losses", f"--delta={wrong}"])
+        assert f"{wrong} must be a number above 0, such as 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def grid(given: argparse.Namespace, overrides: list[str]) -> int:
     if not outcome.mirrored:
         screen.print(f"Not everything is in MLflow yet: {outcome.mirror_problem}", markup=False)
     if outcome.complete and outcome.mirrored:
-        table_report(made, options, screen, given.allow_mixed_code, Path(made.runtime["reports"]))
+        table_report(made, options, screen, given, Path(made.runtime["reports"]))
     parts = {"setting up and teacher": prepared, **outcome.seconds}
     spent = ", ".join(f"{name} {duration(value)}" for name, value in parts.items() if value >= 0.5)
     trained = f"Trained {outcome.trained} arms" if outcome.trained else "Nothing to train: every arm was complete"
@@ -98,7 +98,7 @@ def grid(given: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if outcome.ok and outcome.mirrored else 1
 
 
-def table_report(made: Plan, options: GridOptions, screen: Console, allow_mixed_code: bool, reports: Path) -> None:
+def table_report(made: Plan, options: GridOptions, screen: Console, given: argparse.Namespace, reports: Path) -> None:
     import analysis
 
     uri = options.tracking_uri
@@ -107,7 +107,9 @@ def table_report(made: Plan, options: GridOptions, screen: Console, allow_mixed_
     layout = analysis.Layout(
         name=made.name,
         title=made.name,
-        rows=tuple(analysis.LayoutRow(row.name, row.label, row.section, marks[row.name]) for row in made.rows),
+        rows=tuple(
+            analysis.LayoutRow(row.name, row.label, row.section, marks[row.name], row.factors) for row in made.rows
+        ),
         reference=made.reference,
         metrics=tuple(analysis.metric(name) for name in made.metrics),
         question=made.question,
@@ -118,11 +120,14 @@ def table_report(made: Plan, options: GridOptions, screen: Console, allow_mixed_
         setting=made.setting,
         teacher=teacher_note(made),
         plan=made.hash,
+        wanted_delta=given.delta,
     )
-    report = analysis.write_report(frame, layout, reports / made.setting, allow_mixed_code=allow_mixed_code)
+    report = analysis.write_report(frame, layout, reports / made.setting, allow_mixed_code=given.allow_mixed_code)
     for warning in report.warnings:
         screen.print(f"Note: {warning}", markup=False)
     screen.print(report.table.to_rich())
+    for effects in report.factorial.to_rich() if report.factorial is not None else ():
+        screen.print(effects)
     where = f"mlflow ui --backend-store-uri {without_passwords(uri)}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
     where = without_passwords(uri) if uri.startswith(("http:", "https:")) else where
     screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
@@ -161,7 +166,7 @@ def report(given: argparse.Namespace, overrides: list[str]) -> int:
             if made.sweep is not None:
                 sweep_report(made, options, screen, reports)
             else:
-                table_report(made, options, screen, given.allow_mixed_code, reports)
+                table_report(made, options, screen, given, reports)
         except UserError as error:
             if given.name is not None:
                 raise
