@@ -5,9 +5,10 @@ The modules imported here are light; mlflow, pandas, scipy and rich are imported
 """
 
 from analysis.load import load
+from analysis.metrics import Metric, metric
 from analysis.report import Report, write_report
 from analysis.statistics import Comparison, compare
-from analysis.tables import Layout, LayoutRow, Metric, Table, build_table, metric
+from analysis.tables import Layout, LayoutRow, Table, build_table
 
 __all__ = [
     "Comparison",

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.escape import escape_markdown, one_line
-from analysis.tables import NONE, Metric, metric
+from analysis.metrics import Metric, metric
+from analysis.tables import NONE
 from basd.errors import UserError
 
 if TYPE_CHECKING:

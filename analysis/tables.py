@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from analysis import statistics
 from analysis.escape import escape_latex, escape_markdown, one_line
 from analysis.load import COLUMNS, NAME, count
+from analysis.metrics import Metric, metric
 from analysis.statistics import Comparison
 from basd.errors import UserError
 
@@ -25,54 +26,6 @@ if TYPE_CHECKING:
 
 NONE = "–"  # nothing can be said here
 _DIRTY = "-dirty"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How one metric is shown. `percent`: logged as a share of 1, shown in percentage points."""
-
-    name: str
-    label: str
-    percent: bool = False
-    higher_is_better: bool = True
-    digits: int = 4
-    # whether rows are compared by tests; what an arm costs stands beside its ratio to the reference instead
-    tested: bool = True
-
-    @property
-    def scale(self) -> float:
-        """Factor from the logged unit to the shown one."""
-        return 100.0 if self.percent else 1.0
-
-
-_LAST = {
-    "top1": ("top-1", True, True),
-    "top5": ("top-5", True, True),
-    "ece": ("ECE", True, False),
-    "nll": ("NLL", False, False),
-    "loss": ("loss", False, False),
-    "ce": ("CE", False, False),
-}
-
-
-# what an arm costs, by whole name
-_COSTS = {
-    "time/step_milliseconds": Metric("time/step_milliseconds", "ms a step", False, False, 1, False),
-    "time/images_per_second": Metric("time/images_per_second", "images/s", False, True, 1, False),
-    "time/data_wait_share": Metric("time/data_wait_share", "data wait", True, False, 1, False),
-    "system/peak_megabytes": Metric("system/peak_megabytes", "peak MB", False, False, 0, False),
-    "cost/student_parameters": Metric("cost/student_parameters", "student parameters", False, False, 0, False),
-    "cost/distillation_parameters": Metric("cost/distillation_parameters", "other parameters", False, False, 0, False),
-}
-
-
-def metric(name: str) -> Metric:
-    """The usual way to show a metric of that name: accuracies and ECE in percent, losses and costs lower-is-better."""
-    if name in _COSTS:
-        return _COSTS[name]
-    where, _, last = name.rpartition("/")
-    label, percent, higher = _LAST.get(last, (last, False, True))
-    return Metric(name, f"{where} {label}".strip(), percent, higher, 2 if percent else 4)
 
 
 @dataclass(frozen=True)
@@ -364,7 +317,9 @@ def _test_notes(layout: Layout, lines: Sequence[Line], seeds: Sequence[int]) -> 
         notes.append("Interval of zero width: all differences are equal; p is then the exact sign-flip p.")
     if any(not math.isnan(result.p_sign_flip) for result in results):
         notes.append(f"Exact sign-flip p (unadjusted): {layout.name}.csv.")
-    lower = [shown.label for shown in layout.metrics if not shown.higher_is_better]
+    if any(result.verdict == statistics.DIFFERS for result in results):
+        notes.append("Differs: significant, in a metric of which neither direction is better.")
+    lower = [shown.label for shown in layout.metrics if shown.higher_is_better is False]
     return [*notes, f"Lower is better: {', '.join(lower)}."] if lower else notes
 
 

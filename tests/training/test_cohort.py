@@ -21,6 +21,7 @@ from basd.components.losses import attn
 from basd.config import FrozenArm, from_dict
 from basd.data.mixing import draw
 from basd.errors import DISK_FULL
+from basd.grid.ablations import PROBES
 from basd.training import cohort as cohort_module
 from basd.training import random_streams as streams
 from basd.training.arm import TrainingArm
@@ -69,7 +70,7 @@ def test_every_arm_of_the_cohort_has_its_own_key_and_result(together) -> None:
     for name, arm in arms.items():
         final = recorders[name].results[-1][1]
         assert final["test/top1"] == results[arm.arm_key].metrics["test/top1"]
-        assert {"test/top5", "test/nll", "test/ece"} <= final.keys()
+        assert {"test/top5", "test/nll", "test/ece", *PROBES} <= final.keys()
         own = sum(value.numel() for value in state_of(folder / arm.arm_key).values())
         assert final["cost/student_parameters"] == own
         assert (final["cost/distillation_parameters"] == 0) == (name == "ce")
