@@ -40,6 +40,7 @@ from basd.evaluation.calibration import calibration
 from basd.evaluation.frequency import BANDS, band_noise, sensitivity
 from basd.evaluation.shifts import shift_consistency, shift_offsets, shifted
 from basd.models.resampling import resample_attention, row_resampling
+from basd.models.student import extraction_points
 from basd.models.taps import Taps, grid_of, patch_attention
 from basd.models.teacher import Teacher
 from basd.training import random_streams as streams
@@ -51,6 +52,8 @@ log = logging.getLogger("basd.training")
 # Of the teacher two maps of N² numbers a point are kept for each image: 0.6 GB for DeiT-Tiny with 4 points, on the CPU.
 IMAGES = 512
 BATCH = 64
+# Depths at which student and teacher are compared, whatever `student.points`: rows of one table on the same.
+DEPTHS = 4
 
 
 class Seen(NamedTuple):
@@ -142,17 +145,16 @@ class BiasProbes:
 
     def _look(self, arm: TrainingArm, reader: Reader, reference: Reference | None) -> dict[str, Tensor]:
         """Rows of all readable images, and the HSICs of all batches, that the processes find together."""
-        config, points = arm.config, arm.config.points
+        config, points = arm.config, compared_blocks(arm)
         size, mean, std = config.student.image_size, config.data.mean, config.data.std
-        images = len(self.chosen)
-        offsets = shift_offsets(size)
+        count, offsets = len(self.chosen), shift_offsets(size)
         # zero until a process fills its own
         found = {
-            "read": torch.zeros(images),
-            "logits": torch.zeros(images, 1 + len(offsets) + len(BANDS), self.splits.test.classes),
-            "distances": torch.zeros(images, config.student.depth, config.student.heads),
-            "divergences": torch.zeros(images, len(points)),
-            "relations": torch.zeros(images, len(points)),
+            "read": torch.zeros(count),
+            "logits": torch.zeros(count, 1 + len(offsets) + len(BANDS), self.splits.test.classes),
+            "distances": torch.zeros(count, config.student.depth, config.student.heads),
+            "divergences": torch.zeros(count, len(points)),
+            "relations": torch.zeros(count, len(points)),
             "compared": torch.zeros(self.batches),
             "hsics": torch.zeros(self.batches, len(points), 3, dtype=torch.float64),
         }
@@ -161,7 +163,7 @@ class BiasProbes:
             noise = streams.generator(config.seed, streams.BAND_NOISE, 0, number)
             changed = [shifted(views, offset) for offset in offsets]
             changed += [views + band_noise(len(views), size, band, noise).to(views) for band in range(len(BANDS))]
-            answers = [logits, *(reader.model(normalize(other, mean, std)) for other in changed)]
+            answers = [logits, *(reader.model(normalize(images, mean, std)) for images in changed)]
             found["read"][positions] = 1
             found["logits"][positions] = torch.stack(answers, dim=1).cpu()
             found["distances"][positions] = seen.distances
@@ -193,11 +195,12 @@ class BiasProbes:
                 yield number, positions[number][readable], views[readable.to(views.device)]
 
     def _reference(self, teacher: Teacher | None, arm: TrainingArm, grid: tuple[int, int]) -> Reference | None:
-        """The teacher at the layers that lie as deep as the student's points, on the student's grid; None without one."""
+        """The teacher at the layers that lie as deep as the student's compared blocks, on its grid; None without one."""
         reader = self._reader(teacher)
         if reader is None:
             return None
-        layers = nearest_layers(replace(arm.objective.sizes, teacher_depth=len(reader.model.blocks)))
+        sizes = replace(arm.objective.sizes, points=compared_blocks(arm), teacher_depth=len(reader.model.blocks))
+        layers = nearest_layers(sizes)
         key = (layers, grid)
         if key not in self._kept:
             mean, std = statistics_of(self.config.teacher, self.config.data)
@@ -239,6 +242,12 @@ class BiasProbes:
         return prepared.model.to(self.device)
 
 
+def compared_blocks(arm: TrainingArm) -> tuple[int, ...]:
+    """The student's blocks that are compared with the teacher."""
+    depth = arm.config.student.depth
+    return extraction_points(min(DEPTHS, depth), depth)
+
+
 def _distances(distances: Tensor) -> dict[str, float]:
     """Attention distances (n, L, H): over all blocks, and of the first and the last."""
     mean, *blocks = [float(value) for value in (distances.double().mean(), *distances.double().mean(dim=(0, 2)))]
@@ -253,7 +262,7 @@ def _responses(logits: Tensor) -> dict[str, float]:
 
 
 def _agreement(found: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over points."""
+    """Means over the compared blocks."""
     return {
         "cka": float(minibatch_cka(found["hsics"]).mean()),
         "attention_kl": float(found["divergences"].double().mean()),

@@ -37,8 +37,6 @@ def trace(method: str) -> Trace:
         f"teacher.weights={TEACHER}",
         f"recipe.duration={STEPS} steps",
         "runtime.log_every=1",
-        # they describe the end and train nothing
-        "runtime.probes=false",
     ]
     composed = compose([*TINY, *overrides])
     arm = freeze(composed, "golden", prepare(composed.config))
