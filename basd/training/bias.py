@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -109,8 +110,13 @@ class BiasProbes:
     all processes call it alike.
     """
 
-    def __init__(self, first: FrozenArm, config: Config, splits: Splits, device: torch.device) -> None:
-        """first, config: an arm of the cohort; splits: on the device."""
+    def __init__(
+        self, first: FrozenArm, config: Config, splits: Splits, device: torch.device, teacher: Teacher | None = None
+    ) -> None:
+        """first, config: an arm of the cohort; splits: on the device; teacher: the cohort's.
+
+        None where no arm of the cohort reads a teacher: it is then made ready when an arm ends, from the cache.
+        """
         self.first, self.config, self.splits, self.device = first, config, splits, device
         count = min(IMAGES, len(splits.test))
         # evenly spaced: a folder's images are sorted by class
@@ -118,21 +124,17 @@ class BiasProbes:
         # batches of nearly one size: each must hold enough images for its share of CKA
         self.batch = math.ceil(count / math.ceil(count / BATCH))
         self.batches = math.ceil(count / self.batch)
-        self._teacher: Reader | None = None
-        self._asked = False
+        self._own = teacher
         self._kept: dict[Any, Reference] = {}
 
     @torch.no_grad()
-    def __call__(
-        self, arm: TrainingArm, teacher: Teacher | None, test: Answers, validation: Answers
-    ) -> dict[str, float]:
+    def __call__(self, arm: TrainingArm, test: Answers, validation: Answers) -> dict[str, float]:
         """`probe/<name>` of a student; those that compare it with the teacher only where there is one.
 
-        teacher: the cohort's, None where none of its arms reads one; it is then made ready here, from the cache. test,
-        validation: what the student says of these splits.
+        test, validation: what the student says of these splits.
         """
         reader = Reader(arm.exported)
-        reference = self._reference(teacher, arm, reader.grid)
+        reference = self._reference(arm, reader.grid)
         found = self._look(arm, reader, reference)
         metrics = {
             **_distances(found["distances"]),
@@ -194,9 +196,9 @@ class BiasProbes:
             if readable.any():
                 yield number, positions[number][readable], views[readable.to(views.device)]
 
-    def _reference(self, teacher: Teacher | None, arm: TrainingArm, grid: tuple[int, int]) -> Reference | None:
+    def _reference(self, arm: TrainingArm, grid: tuple[int, int]) -> Reference | None:
         """The teacher at the layers that lie as deep as the student's compared blocks, on its grid; None without one."""
-        reader = self._reader(teacher)
+        reader = self.teacher
         if reader is None:
             return None
         sizes = replace(arm.objective.sizes, points=compared_blocks(arm), teacher_depth=len(reader.model.blocks))
@@ -217,16 +219,15 @@ class BiasProbes:
             self._kept[key] = Reference(kept, float(total / images))
         return self._kept[key]
 
-    def _reader(self, teacher: Teacher | None) -> Reader | None:
-        """The teacher looked at: the cohort's, or, where none of its arms has one, the one that configurations name."""
-        if not self._asked:
-            self._asked = True
-            model = teacher.model if teacher is not None else self._prepared()
-            # one process without it is as good as none
-            if not distributed.any_rank(model is None):
-                assert model is not None
-                self._teacher = Reader(model)
-        return self._teacher
+    @cached_property
+    def teacher(self) -> Reader | None:
+        """The teacher looked at: the cohort's, or, where none of its arms reads one, the one that configurations name."""
+        model = self._prepared() if self._own is None else self._own.model
+        # one process without it is as good as none
+        if distributed.any_rank(model is None):
+            return None
+        assert model is not None
+        return Reader(model)
 
     def _prepared(self) -> VisionTransformer | None:
         """The teacher of a cohort in which no arm reads one; planning has fitted or loaded it before."""

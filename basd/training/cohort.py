@@ -133,7 +133,7 @@ class Cohort:
             wrap = compiler(first.runtime.compile, self.device)
             maps = any(want.maps for want in wanted)
             self.teacher = Teacher(prepared.model.to(self.device), maps, head, half, wrap)
-        self.probes = BiasProbes(arms[0], first, self.splits, self.device)
+        self.probes = BiasProbes(arms[0], first, self.splits, self.device, self.teacher)
         # whole pairs of mixing partners: each process has its share of the batch, in parts
         shares = self.accumulation * world()
         self.rows: list[Tensor | None] = [None]
@@ -403,7 +403,7 @@ class Cohort:
         metrics = {**ends, **validation.metrics("val")}
         probes: dict[str, float] = {}
         if member.config.runtime.probes:
-            probes = self.probes(arm, self.teacher, test, validation)
+            probes = self.probes(arm, test, validation)
         self._record(member, {**ends, **probes, **arm.parameter_counts()})
         distributed.by_first(member.recorder.flush)
         return ArmResult(member.frozen.arm_key, "complete", metrics)

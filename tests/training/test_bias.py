@@ -49,7 +49,7 @@ def untrained(frozen: FrozenArm) -> tuple[TrainingArm, Splits]:
 
 
 def described(arm: TrainingArm, probes: BiasProbes, splits: Splits) -> dict[str, float]:
-    return probes(arm, None, arm.answer(splits.test, "test"), arm.answer(splits.validation, "val"))
+    return probes(arm, arm.answer(splits.test, "test"), arm.answer(splits.validation, "val"))
 
 
 def test_probes_off_change_nothing_else(tiny_arm: MakeArm, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_teacher_is_looked_at_once_a_cohort_and_grid(
 def test_a_student_that_is_its_teacher_agrees_with_it(tiny_arm: MakeArm) -> None:
     arm, splits = untrained(tiny_arm("method=ce", *SHORT, "student.distillation_token=false"))
     probes = BiasProbes(tiny_arm("method=ce", *SHORT), arm.config, splits, CPU)
-    probes._teacher, probes._asked = Reader(arm.exported), True
+    probes.teacher = Reader(arm.exported)
     values = described(arm, probes, splits)
     assert values["probe/cka"] == pytest.approx(1) and values["probe/relation_cosine"] == pytest.approx(1)
     assert values["probe/attention_kl"] == pytest.approx(0, abs=1e-6)
@@ -167,4 +167,4 @@ def test_a_deeper_student_shares_layers_of_its_teacher_whatever_its_points(tiny_
     described(other, probes, splits)
     ((layers, grid),) = probes._kept
     assert layers == (0, 0, 1) and grid == (5, 5)
-    assert probes._teacher is not None and teacher_shape(probes._teacher.model).depth == 2
+    assert probes.teacher is not None and teacher_shape(probes.teacher.model).depth == 2
