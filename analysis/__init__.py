@@ -8,8 +8,9 @@ The modules imported here are light; mlflow, pandas, scipy and rich are imported
 from analysis.factorial_report import FactorialReport, build_factorial
 from analysis.histories import histories, selector_history, weight_history
 from analysis.index import write_index
-from analysis.layout import Layout, LayoutRow, Metric, Reported, metric
+from analysis.layout import Layout, LayoutRow, Reported
 from analysis.load import load
+from analysis.metrics import Metric, metric
 from analysis.power import seeds_needed
 from analysis.report import Report, write_report
 from analysis.statistics import Comparison, compare

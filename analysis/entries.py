@@ -50,10 +50,10 @@ def table_entry(table: Table, figures: Sequence[str]) -> Entry:
         line for line in table.lines if line.comparisons[0].n and line.comparisons[0].seeds == base.comparisons[0].seeds
     ]
     if rivals:
-        sign = 1 if shown.higher_is_better else -1
+        sign = -1 if shown.higher_is_better is False else 1
         best = max(rivals, key=lambda line: sign * line.comparisons[0].mean)
         which = "the reference" if best is base else _told(table, best)
-        facts["highest mean" if shown.higher_is_better else "lowest mean"] = which
+        facts["lowest mean" if shown.higher_is_better is False else "highest mean"] = which
     sizes = sorted({line.comparisons[0].n for line in table.lines})
     facts["n"] = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     if shown.tested:

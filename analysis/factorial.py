@@ -180,7 +180,7 @@ def analyse(
     *,
     metric: str = "",
     seeds: Collection[int] | None = None,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = True,
     order: int = 2,
 ) -> Factorial:
     """All effects of a factorial from row -> seed -> value, with interactions of up to `order` factors.
@@ -208,7 +208,7 @@ def factorial(
     design: Design,
     *,
     seeds: Collection[int] | None = None,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = True,
     order: int = 2,
 ) -> Factorial:
     """`analyse` on an arms frame (`analysis.load`); only finished arms count. Errors as of `analysis.compare`."""
@@ -240,7 +240,7 @@ def _measured(
     )
 
 
-def _verdict(effect: Effect, p_holm: float, higher_is_better: bool) -> str:
+def _verdict(effect: Effect, p_holm: float, higher_is_better: bool | None) -> str:
     if not effect.n:
         return ""
     said = statistics.verdict(effect.delta, effect.n, p_holm, higher_is_better)

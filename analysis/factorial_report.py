@@ -271,6 +271,6 @@ def _test_notes(shown: Metric, found: Factorial) -> list[str]:
         notes.append(f"Bold: adjusted p below {statistics.ALPHA:g}.")
     if any(effect.low == effect.high for effect in found.effects):
         notes.append("Interval of zero width: the effect is equal in all seeds; p is then the exact sign-flip p.")
-    if not shown.higher_is_better:
+    if shown.higher_is_better is False:
         notes.append(f"Lower is better: {shown.label}.")
     return notes

@@ -7,60 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from analysis.load import NAME
+from analysis.metrics import Metric, metric
 from basd.errors import UserError
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How one metric is shown. `percent`: logged as a share of 1, shown in percentage points."""
-
-    name: str
-    label: str
-    percent: bool = False
-    higher_is_better: bool = True
-    digits: int = 4
-    # whether rows are compared by tests; what an arm costs stands beside its ratio to the reference instead
-    tested: bool = True
-
-    @property
-    def scale(self) -> float:
-        """Factor from the logged unit to the shown one."""
-        return 100.0 if self.percent else 1.0
-
-    @property
-    def heading(self) -> str:
-        """Label with its unit."""
-        return f"{self.label} (%)" if self.percent else self.label
-
-
-_LAST = {
-    "top1": ("top-1", True, True),
-    "top5": ("top-5", True, True),
-    "ece": ("ECE", True, False),
-    "nll": ("NLL", False, False),
-    "loss": ("loss", False, False),
-    "ce": ("CE", False, False),
-}
-
-
-# what an arm costs, by whole name
-_COSTS = {
-    "time/step_milliseconds": Metric("time/step_milliseconds", "ms a step", False, False, 1, False),
-    "time/images_per_second": Metric("time/images_per_second", "images/s", False, True, 1, False),
-    "time/data_wait_share": Metric("time/data_wait_share", "data wait", True, False, 1, False),
-    "system/peak_megabytes": Metric("system/peak_megabytes", "peak MB", False, False, 0, False),
-    "cost/student_parameters": Metric("cost/student_parameters", "student parameters", False, False, 0, False),
-    "cost/distillation_parameters": Metric("cost/distillation_parameters", "other parameters", False, False, 0, False),
-}
-
-
-def metric(name: str) -> Metric:
-    """The usual way to show a metric of that name: accuracies and ECE in percent, losses and costs lower-is-better."""
-    if name in _COSTS:
-        return _COSTS[name]
-    where, _, last = name.rpartition("/")
-    label, percent, higher = _LAST.get(last, (last, False, True))
-    return Metric(name, f"{where} {label}".strip(), percent, higher, 2 if percent else 4)
 
 
 @dataclass(frozen=True)

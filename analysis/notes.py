@@ -103,7 +103,9 @@ def _test_notes(layout: Layout, lines: Results, seeds: Sequence[int]) -> list[st
         notes.append("Interval of zero width: all differences are equal; p is then the exact sign-flip p.")
     if any(not math.isnan(result.p_sign_flip) for result in results):
         notes.append(f"Exact sign-flip p (unadjusted): {layout.name}.csv.")
-    lower = [shown.label for shown in layout.metrics if not shown.higher_is_better]
+    if any(result.verdict == statistics.DIFFERS for result in results):
+        notes.append("Differs: significant, in a metric of which neither direction is better.")
+    lower = [shown.label for shown in layout.metrics if shown.higher_is_better is False]
     return [*notes, f"Lower is better: {', '.join(lower)}."] if lower else notes
 
 

@@ -41,6 +41,7 @@ _ROUNDING = 1e-12  # relative to the values: differences below are float noise
 _LARGEST = 1e100  # a metric beyond has no square; it is treated like an infinity
 
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
+DIFFERS = "differs"  # where neither direction is the better one
 TOO_SMALL, SAME_RUNS, REFERENCE = "n too small", "same runs", "reference"
 
 
@@ -88,8 +89,8 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """True when the verdict says better or worse."""
-        return self.verdict in (BETTER, WORSE)
+        """True when the verdict says better, worse or differs."""
+        return self.verdict in (BETTER, WORSE, DIFFERS)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def compare_values(
     reference: str,
     metric: str = "",
     seeds: Collection[int] | None = None,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = True,
     same_runs: Collection[str] = (),
 ) -> dict[str, Comparison]:
     """`compare` on plain numbers: row -> seed -> value of a finished run (NaN if it has none)."""
@@ -239,12 +240,15 @@ def compare_values(
     return results
 
 
-def verdict(delta: float, pairs: int, p_holm: float, higher_is_better: bool = True) -> str:
-    """What may be said of a difference: better or worse, no difference shown, n too small."""
+def verdict(delta: float, pairs: int, p_holm: float, higher_is_better: bool | None = True) -> str:
+    """What may be said of a difference: better or worse, that it differs (None: neither direction is the better one), no
+    difference shown, n too small."""
     if pairs < VERDICT_FROM:
         return TOO_SMALL
     if not p_holm < ALPHA:
         return NO_DIFFERENCE
+    if higher_is_better is None:
+        return DIFFERS
     return BETTER if (delta > 0) == higher_is_better else WORSE
 
 
@@ -255,11 +259,11 @@ def compare(
     reference: str,
     rows: Sequence[str] | None = None,
     seeds: Collection[int] | None = None,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = True,
 ) -> dict[str, Comparison]:
     """Compare rows of an arms frame (`analysis.load`) with the reference row in one metric, paired by seed.
 
-    Only finished arms count. `rows`: which, and in which order (default: all of the frame). `seeds`: those that were
+    higher_is_better: None where neither direction is, for metrics that describe. Only finished arms count. `rows`: which, and in which order (default: all of the frame). `seeds`: those that were
     planned, so that missing ones are known (default: every seed that one of the rows has). Values stay in raw units.
     UserError: no finished arm, or a metric that the frame does not have (with the nearest names).
     """

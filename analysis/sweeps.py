@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from analysis.entries import SWEEP, Entry
 from analysis.escape import escape_markdown, one_line
 from analysis.files import write_texts
-from analysis.tables import NONE, Metric, metric
+from analysis.metrics import Metric, metric
+from analysis.tables import NONE
 from basd.errors import UserError
 
 if TYPE_CHECKING:

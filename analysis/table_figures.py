@@ -160,7 +160,7 @@ def _wrapped(label: str, width: int = LABEL_WIDTH) -> str:
 
 
 def _with_unit(shown: Metric) -> str:
-    said = [*["points"] * shown.percent, *["lower is better"] * (not shown.higher_is_better)]
+    said = [*["points"] * shown.percent, *["lower is better"] * (shown.higher_is_better is False)]
     return f"{shown.label} ({', '.join(said)})" if said else shown.label
 
 

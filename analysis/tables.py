@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from analysis import statistics
 from analysis.escape import one_line
-from analysis.layout import Layout, LayoutRow, Metric, Reported, metric
+from analysis.layout import Layout, LayoutRow, Reported
 from analysis.load import COLUMNS
+from analysis.metrics import Metric, metric
 from analysis.notes import table_notes
 from analysis.statistics import Comparison
 

@@ -56,6 +56,8 @@ class RuntimeConfig:
     cohort_size: int = field(default=16, metadata={"min": 1})
     # Step metrics are recorded every so many steps.
     log_every: int = field(default=10, metadata={"min": 1})
+    # Whether the bias probes describe an arm at its end: `probe/*`.
+    probes: bool = True
     # Least seconds between two checkpoints; they are written at epoch ends.
     checkpoint_interval: float = field(default=20.0, metadata={"min": 0.0})
     directory: str = "runs"

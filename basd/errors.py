@@ -40,3 +40,10 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for people: the message, and the kind of error where that is not BASD's own."""
+    text = " ".join(str(error).split())
+    own = type(error).__module__.startswith("basd.")
+    return text if own and text else f"{type(error).__name__}: {text}" if text else type(error).__name__

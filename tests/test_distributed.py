@@ -29,6 +29,7 @@ RUN = [
     "student.drop_path=0.0",
     "runtime.log_every=1",
     "losses.logit.enabled=true",
+    "runtime.probes=true",
 ]
 
 

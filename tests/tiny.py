@@ -28,6 +28,8 @@ TINY = [
     "recipe.validate_every=2",
     "runtime.checkpoint_interval=0",
     "runtime.log_every=2",
+    # as long as the training of so small an arm: on where a test is about them
+    "runtime.probes=false",
 ]
 
 

@@ -41,7 +41,14 @@ COSTS = (
     *("time/step_milliseconds", "time/images_per_second", "time/data_wait_share", "system/peak_megabytes"),
     *("cost/student_parameters", "cost/distillation_parameters"),
 )
-METRICS = (*FINAL, *COSTS)
+# what the bias probes describe at the end of an arm
+PROBES = (
+    *(f"probe/attention_distance{which}" for which in ("", "_first", "_last", "_teacher")),
+    *("probe/cka", "probe/attention_kl", "probe/relation_cosine", "probe/shift_consistency"),
+    *("probe/sensitivity_low", "probe/sensitivity_mid", "probe/sensitivity_high"),
+    *("probe/overconfidence", "probe/ece_scaled"),
+)
+METRICS = (*FINAL, *COSTS, *PROBES)
 FILE_KEYS = (
     *("question", "reference", "metric", "seeds", "overrides", "factors", "section", "rows", "rows_of"),
     *("marks", "reported", "notes"),

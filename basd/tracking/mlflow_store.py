@@ -301,9 +301,9 @@ class Store:
 
 
 def _summary(runs: list[Run]) -> dict[str, float]:
-    """Mean of each test/* and val/* metric over runs, and its standard deviation (n-1) from two runs on."""
+    """Mean of each test/*, val/* and probe/* metric over runs, and its standard deviation (n-1) from two runs on."""
     out: dict[str, float] = {}
-    for key in sorted({key for run in runs for key in run.data.metrics if key.startswith(("test/", "val/"))}):
+    for key in sorted({key for run in runs for key in run.data.metrics if key.startswith(("test/", "val/", "probe/"))}):
         values = [run.data.metrics[key] for run in runs if key in run.data.metrics]
         out[key] = statistics.fmean(values)
         if len(values) > 1:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -47,6 +47,21 @@ class NonFiniteLossError(RuntimeError):
 
 
 Scalars = dict[str, Tensor | float]
+
+
+class Answers(NamedTuple):
+    """A student's logits (n, C) and the labels (n,) of the readable images of a split, on the CPU."""
+
+    logits: Tensor
+    labels: Tensor
+    unreadable: int
+
+    def metrics(self, split: str) -> dict[str, float]:
+        """`<split>/top1`, `/top5`, `/nll`, `/ece`."""
+        values = classification_metrics(self.logits, self.labels)
+        if self.unreadable:
+            values["unreadable"] = float(self.unreadable)
+        return {f"{split}/{name}": value for name, value in values.items()}
 
 
 class TrainingArm:
@@ -252,6 +267,10 @@ class TrainingArm:
 
     def evaluate(self, images: ImageSource, split: str) -> dict[str, float]:
         """`<split>/top1`, `/top5`, `/nll`, `/ece` of the student that would be exported now, in float32."""
+        return self.answer(images, split).metrics(split)
+
+    def answer(self, images: ImageSource, split: str) -> Answers:
+        """What the student that would be exported now says of a split, in float32."""
         student = self.exported.eval()
         data = self.config.data
 
@@ -268,10 +287,7 @@ class TrainingArm:
         readable = labels >= 0
         if not readable.any():
             raise UserError(f"no image of the {split} split can be decoded; check the data.")
-        metrics = classification_metrics(logits[readable], labels[readable])
-        if not readable.all():
-            metrics["unreadable"] = float((~readable).sum())
-        return {f"{split}/{name}": value for name, value in metrics.items()}
+        return Answers(logits[readable], labels[readable], int((~readable).sum()))
 
     def state(self) -> dict[str, Any]:
         """Everything that a later step depends on."""

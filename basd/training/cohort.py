@@ -27,12 +27,13 @@ from basd.data.disk import DiskImages
 from basd.data.feed import worker_count
 from basd.data.images import Splits, epoch_order, fingerprint
 from basd.distributed import local_rows, rank, world
-from basd.errors import DISK_FULL, TOO_MANY_ARMS, UserError, is_disk_full
+from basd.errors import DISK_FULL, TOO_MANY_ARMS, UserError, is_disk_full, reason_of
 from basd.models.teacher import Teacher
 from basd.objective import demands
 from basd.training import random_streams as streams
 from basd.training.arm import NonFiniteLossError, TrainingArm
 from basd.training.batches import CropFeed, StepBatch, TeacherViews
+from basd.training.bias import BiasProbes
 from basd.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from basd.training.clock import EpochClock
 from basd.training.device import check_device, cpu_threads
@@ -47,7 +48,7 @@ from basd.training.memory import (
 )
 from basd.training.precision import choose_precision, compiler, half_type
 from basd.training.recorder import Recorder
-from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher, statistics_of
+from basd.training.teachers import check_fingerprint, prepare_head, prepare_teacher, statistics_of
 from basd.training.team import announce
 
 log = logging.getLogger("basd.training")
@@ -132,6 +133,7 @@ class Cohort:
             wrap = compiler(first.runtime.compile, self.device)
             maps = any(want.maps for want in wanted)
             self.teacher = Teacher(prepared.model.to(self.device), maps, head, half, wrap)
+        self.probes = BiasProbes(arms[0], first, self.splits, self.device, self.teacher)
         # whole pairs of mixing partners: each process has its share of the batch, in parts
         shares = self.accumulation * world()
         self.rows: list[Tensor | None] = [None]
@@ -256,10 +258,12 @@ class Cohort:
             clock.steps += 1
             clock.arms = len(due)
             last = position == self.steps_per_epoch - 1
-            for member in due:
-                # one that was an epoch ahead stands here too, but has ended its epoch before
-                if member in self.members and (last or member.arm.step == member.arm.total_steps):
-                    self._attempt(member, partial(self._end_epoch, member, epoch, clock))
+            # one that was an epoch ahead stands here too, but has ended its epoch before
+            ending = [m for m in due if m in self.members and (last or m.arm.step == m.arm.total_steps)]
+            # before the first of them is evaluated, which is no part of the others' epoch
+            costs = self._costs(clock) if ending else {}
+            for member in ending:
+                self._attempt(member, partial(self._end_epoch, member, epoch, costs))
             yield step
 
     def _batches(self, indices: Tensor, epoch: int, step: int, clock: EpochClock) -> Iterator[StepBatch]:
@@ -339,20 +343,22 @@ class Cohort:
 
     def _record(self, member: _Member, values: Mapping[str, Tensor | float]) -> None:
         def write() -> None:
-            member.recorder.metrics(member.arm.step, {name: _number(value) for name, value in values.items()})
+            member.recorder.metrics(member.arm.step, {name: float(value) for name, value in values.items()})
 
         distributed.by_first(write)
 
     def _owned(self, member: _Member) -> bool:
         return distributed.by_first(lambda: self.owned(member.frozen.arm_key))
 
-    def _end_epoch(self, member: _Member, epoch: int, clock: EpochClock) -> ArmResult | None:
+    def _costs(self, clock: EpochClock) -> dict[str, float]:
+        """What the epoch took of time and memory."""
+        values, peak = clock.metrics(), peak_bytes(self.device)
+        return values if peak is None else {**values, "system/peak_megabytes": peak / 1e6}
+
+    def _end_epoch(self, member: _Member, epoch: int, costs: Mapping[str, float]) -> ArmResult | None:
         arm = member.arm
         final = arm.step == arm.total_steps
-        values = clock.metrics()
-        peak = peak_bytes(self.device)
-        if peak is not None:
-            values["system/peak_megabytes"] = peak / 1e6
+        values = dict(costs)
         values["system/held_megabytes"] = arm.held_bytes() / 1e6
         if self.may_skip:
             values["data/corrupt"] = distributed.total(float(member.corrupt))
@@ -391,11 +397,14 @@ class Cohort:
     def _complete(self, member: _Member) -> ArmResult:
         """The test set is read here, once, after the last step."""
         arm = member.arm
-        metrics = arm.evaluate(self.splits.test, "test")
-        metrics |= arm.evaluate(self.splits.validation, "val")
+        test, validation = arm.answer(self.splits.test, "test"), arm.answer(self.splits.validation, "val")
         distributed.by_first(lambda: arm.export(member.directory))
-        ends = {name: value for name, value in metrics.items() if name.startswith("test/")}
-        self._record(member, {**ends, **arm.parameter_counts()})
+        ends = test.metrics("test")
+        metrics = {**ends, **validation.metrics("val")}
+        probes: dict[str, float] = {}
+        if member.config.runtime.probes:
+            probes = self.probes(arm, test, validation)
+        self._record(member, {**ends, **probes, **arm.parameter_counts()})
         distributed.by_first(member.recorder.flush)
         return ArmResult(member.frozen.arm_key, "complete", metrics)
 
@@ -426,31 +435,12 @@ class Cohort:
         self.on_finished(result)
 
 
-def _number(value: Tensor | float) -> float:
-    return float(value)
-
-
-def reason_of(error: BaseException) -> str:
-    """One line for people: the message, and the kind of error where that is not BASD's own."""
-    text = " ".join(str(error).split())
-    own = type(error).__module__.startswith("basd.")
-    return text if own and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def check_data(splits: Splits, arm: FrozenArm) -> None:
     """`UserError` where the data of this process is not what was planned: another copy, or files that changed since."""
     found = fingerprint(splits)
     if found != arm.data_fingerprint:
         raise UserError(
             f"the data here ({found}) is not that of the plan ({arm.data_fingerprint}); restore it, or plan again."
-        )
-
-
-def check_fingerprint(prepared: PreparedTeacher, arm: FrozenArm) -> None:
-    if prepared.fingerprint != arm.teacher_fingerprint:
-        raise UserError(
-            f"the teacher's weights here ({prepared.fingerprint}) are not those of the plan ({arm.teacher_fingerprint}); "
-            "plan again, or restore the teacher with BASD_CACHE or teacher.weights."
         )
 
 

@@ -23,6 +23,7 @@ TEACHER_INIT = "teacher_init"
 TEACHER_ORDER = "teacher_order"
 TEACHER_VIEW = "teacher_view"
 PROBE = "probe"
+BAND_NOISE = "band_noise"
 
 
 def stream_seed(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> int:

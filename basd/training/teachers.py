@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from basd.config import digest
+from basd.config import FrozenArm, digest
 from basd.data.disk import DiskImages
 from basd.data.feed import Wanted, crop_batches, evaluation_batches, worker_count
 from basd.data.images import ImageSet, ImageSource, Splits, epoch_order, fingerprint
@@ -101,6 +101,15 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
         hasher.update(name.encode())
         hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()[:16]
+
+
+def check_fingerprint(prepared: PreparedTeacher, arm: FrozenArm) -> None:
+    """`UserError` where the teacher of this process is not the one that was planned."""
+    if prepared.fingerprint != arm.teacher_fingerprint:
+        raise UserError(
+            f"the teacher's weights here ({prepared.fingerprint}) are not those of the plan ({arm.teacher_fingerprint}); "
+            "plan again, or restore the teacher with BASD_CACHE or teacher.weights."
+        )
 
 
 def statistics_of(teacher: Any, data: Any) -> tuple[list[float], list[float]]:

@@ -125,6 +125,8 @@ def test_verdict_knows_the_direction_of_the_metric() -> None:
         "no difference shown",
     ]
     assert compare_values(values, reference="base", higher_is_better=False)["up"].verdict == "worse"
+    neutral = compare_values(values, reference="base", higher_is_better=None)["up"]
+    assert neutral.verdict == "differs" and neutral.significant
 
 
 @pytest.mark.parametrize(("shift", "n", "p"), [(0.02, 5, 2 / 32), (0.02, 7, 2 / 128), (0.0, 5, 1.0)])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from analysis import Layout, LayoutRow, Metric, build_table, compare, metric, write_report
 from analysis.escape import escape_latex, escape_markdown
 from basd.errors import UserError
+from basd.grid.ablations import COSTS, PROBES
 
 Frames = Callable[..., pd.DataFrame]
 Layouts = Callable[..., Layout]
@@ -84,6 +85,22 @@ def test_several_metrics_and_lower_is_better(frame_of: Frames, layout_of: Layout
     assert "Lower is better: test NLL." in table.notes
     ce = cells(table.to_markdown(), "ce")
     assert ce[4] == ce[8] == "worse" and ce[5] == "1.5640 ± 0.0451" and len(ce) == len(table.header())
+
+
+def test_a_metric_that_only_describes_is_neither_better_nor_worse(frame_of: Frames, layout_of: Layouts) -> None:
+    frame = frame_of(FIVE)
+    frame["probe/attention_distance"] = frame["test/top1"]
+    table = build_table(frame, layout_of(list(FIVE), metrics=(metric("probe/attention_distance"),)))
+    ce = cells(table.to_markdown(), "ce")
+    assert ce[4] == "differs" and ce[2].startswith("**")
+    notes = " ".join(table.notes)
+    assert "Differs: significant, in a metric of which neither direction is better." in notes
+    assert "Lower is better" not in notes and "Bold" in notes
+
+
+def test_every_metric_that_a_file_can_name_is_known() -> None:
+    for name in (*COSTS, *PROBES):
+        assert metric(name).name == name and metric(name).label != Metric(name, name.replace("/", " ")).label
 
 
 def test_costs_stand_beside_their_ratio_to_the_reference(frame_of: Frames, layout_of: Layouts) -> None:

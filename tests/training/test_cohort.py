@@ -21,6 +21,7 @@ from basd.components.losses import attn
 from basd.config import FrozenArm, from_dict
 from basd.data.mixing import draw
 from basd.errors import DISK_FULL
+from basd.grid.ablations import PROBES
 from basd.training import cohort as cohort_module
 from basd.training import random_streams as streams
 from basd.training.arm import TrainingArm
@@ -29,10 +30,12 @@ from basd.training.cohort import train_cohort, write_arm
 
 MakeArm = Callable[..., FrozenArm]
 
+# so that every test here holds for the bias probes too
+PROBED = "runtime.probes=true"
 VARIANTS = {
-    "basd": (),
+    "basd": (PROBED,),
     "without_rsd": ("losses.rsd.enabled=false",),
-    "attn_only": ("losses.rsd.enabled=false", "losses.rel.enabled=false", "losses.spectral.enabled=false"),
+    "attn_only": (PROBED, "losses.rsd.enabled=false", "losses.rel.enabled=false", "losses.spectral.enabled=false"),
     "uniform": ("selector=uniform", "token_aligner=interpolate", "weighting=equal", "warmup=none"),
     "forward": ("selector=forward", "weighting=fixed", "warmup=simultaneous", "mixing=cutmix"),
     "single": ("views=single", "mixing=none", "selector.entropy=spread"),
@@ -41,7 +44,7 @@ VARIANTS = {
     # what changes from epoch to epoch: the decay of a2d's weight, and weights from the means of past epochs
     "a2d": ("method=a2d",),
     "dwa": ("weighting=dwa", "warmup=none"),
-    "ce": ("method=ce",),
+    "ce": ("method=ce", PROBED),
 }
 
 
@@ -70,6 +73,7 @@ def test_every_arm_of_the_cohort_has_its_own_key_and_result(together) -> None:
         final = recorders[name].results[-1][1]
         assert final["test/top1"] == results[arm.arm_key].metrics["test/top1"]
         assert {"test/top5", "test/nll", "test/ece"} <= final.keys()
+        assert {key for key in final if key.startswith("probe/")} == set(PROBES if PROBED in VARIANTS[name] else ())
         own = sum(value.numel() for value in state_of(folder / arm.arm_key).values())
         assert final["cost/student_parameters"] == own
         assert (final["cost/distillation_parameters"] == 0) == (name == "ce")
