@@ -235,19 +235,13 @@ factors:
 
 
 @pytest.mark.slow
-def test_a_factorial_of_trained_arms_is_reported_by_its_factors(
-    grid, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_factorial_of_trained_arms_is_reported_by_its_factors(grid, cache: Path, tmp_path: Path) -> None:
     shutil.copytree(grid[0], tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BASD_CACHE", str(cache))
-    monkeypatch.setenv("COLUMNS", "160")
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.yaml").write_text(FACTORIAL)
-    assert main(["grid", "--quiet", "mine", *TINY, "recipe.duration=2 epochs", "--delta", "0.5"]) == 0
-    said = capsys.readouterr().out
-    assert "Nothing to train" in said
-    assert "Effects of the factors on test top-1 (points)" in said and "Shapley value" in said
+    done = basd("grid", "mine", *TINY, "recipe.duration=2 epochs", "--delta", "0.5", cwd=tmp_path, cache=cache)
+    assert done.returncode == 0 and "Nothing to train" in done.stdout, done.stdout + done.stderr
+    assert "Effects of the factors on test top-1 (points)" in done.stdout and "Shapley value" in done.stdout
     (reports,) = (tmp_path / "reports").iterdir()
     assert "seeds for Δ = 0.5" in (reports / "mine.md").read_text()
     effects = {(line["kind"], line["effect"]): line for line in csv.DictReader((reports / "mine.factorial.csv").open())}
@@ -256,10 +250,7 @@ def test_a_factorial_of_trained_arms_is_reported_by_its_factors(
     assert float(effects["shapley", "attn"]["delta"]) == pytest.approx(
         float(effects["leave_one_out", "attn"]["delta"]) / 2
     )
-    before = {path: path.read_bytes() for path in reports.glob("mine.*")}
-    assert len(before) == 4 + 3 + 6
-    assert main(["report", "--quiet", "mine", "--delta", "0.5"]) == 0
-    assert {path: path.read_bytes() for path in reports.glob("mine.*")} == before
+    assert len(list(reports.glob("mine.*"))) == 4 + 3 + 6
 
 
 def test_a_wanted_difference_is_a_number_above_0(capsys: pytest.CaptureFixture[str]) -> None:
