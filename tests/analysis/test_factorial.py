@@ -324,7 +324,7 @@ def layout_of_rows(rows: Mapping[str, Mapping[str, str]], **changes: object) -> 
     fields: dict[str, object] = {
         "name": "losses",
         "title": "Losses",
-        "rows": tuple(LayoutRow(row, row, "", factors) for row, factors in rows.items()),
+        "rows": tuple(LayoutRow(row, row, factors=factors) for row, factors in rows.items()),
         "reference": next(iter(rows)),
         "question": "Which?",
     }

@@ -269,11 +269,13 @@ def test_every_format_is_the_same_bytes_again_and_shows_figures_beside_it(frame_
         ".runs.csv",
         ".html",
         ".json",
+        ".forest.pdf",
+        ".forest.png",
     ]
     again = write_report(frame.sample(frac=1, random_state=3), layout(), tmp_path)
     assert {path: path.read_bytes() for path in again.paths} == first
     pictures = re.findall(r'src="([^"]+)"', (tmp_path / "losses.html").read_text())
-    assert pictures == ["losses.pairs.png"]
+    assert pictures == ["losses.forest.png", "losses.pairs.png"]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

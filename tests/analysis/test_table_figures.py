@@ -56,7 +56,8 @@ def factorial_layout(
 ) -> Layout:
     chosen = itertools.product(*levels.values())
     rows = tuple(
-        LayoutRow(name, name, "", dict(zip(levels, one, strict=True))) for name, one in zip(values, chosen, strict=True)
+        LayoutRow(name, name, factors=dict(zip(levels, one, strict=True)))
+        for name, one in zip(values, chosen, strict=True)
     )
     return layout(values, rows=rows, **changes)
 
