@@ -30,7 +30,7 @@ MINE = {
     "batch": 4,
     "seeds": [0, 1],
 }
-SWEEP = ["mine", *TINY, "student.width=24", "student.drop_path=0", "recipe.batch_size=100", "recipe.duration=4 epochs",
+SWEEP = ["mine", *TINY, "student.width=24", "student.drop_path=0", "recipe.batch_size=100", "recipe.duration=4 epochs", "recipe.validate_every=1",
          "runtime.processes=1"]  # fmt: skip
 pytestmark = pytest.mark.slow
 
