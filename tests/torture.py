@@ -66,8 +66,13 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it answers."""
         limit = time.monotonic() + 120
-        while wait and time.monotonic() < limit:
+        while time.monotonic() < limit:
             try:
                 urllib.request.urlopen(f"{self.address}/health", timeout=2)
                 return
@@ -289,6 +294,8 @@ def run(folder: Path, given: argparse.Namespace, say: Callable[[str], None] = pr
         made.suffer()
         if made.server.process is None:
             made.server.start()
+        # the last time it was started again nobody waited for it
+        made.server.wait()
         wrong = made.findings()
         seconds = time.monotonic() - began
         done = ", ".join(f"{number} {what}" for what, number in made.done.items())
