@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from analysis import statistics
-from analysis.statistics import BETTER, WORSE
+from analysis.statistics import BETTER, DIFFERS, WORSE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +99,7 @@ class Effect:
     @property
     def significant(self) -> bool:
         """True when the verdict says that there is something."""
-        return self.verdict in (BETTER, WORSE, BETTER_TOGETHER, WORSE_TOGETHER)
+        return self.verdict in (BETTER, WORSE, DIFFERS, BETTER_TOGETHER, WORSE_TOGETHER)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from analysis.factorial import (
     design_of,
     factorial,
 )
-from analysis.sheets import NONE, Cell, Sheet, csv_text, fixed, number, p_text
+from analysis.sheets import NONE, Cell, Sheet, columns, csv_text, fixed, number, p_text
 from analysis.tables import Layout, Metric
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def sheet(shown: Metric, found: Factorial) -> Sheet:
         title = "interactions" if len(many) == 1 else f"interactions of {number_of}"
         sections.append((title, tuple(_line(shown, effect, effect.name) for effect in effects)))
     header = ("effect", f"{_titled(shown)} [95 % interval]", "p (Holm)", "verdict", "n")
-    return Sheet(header, tuple((title, lines) for title, lines in sections if lines))
+    return Sheet(columns(header), tuple((title, lines) for title, lines in sections if lines))
 
 
 def short_sheet(shown: Metric, found: Factorial) -> Sheet:
@@ -180,7 +180,7 @@ def short_sheet(shown: Metric, found: Factorial) -> Sheet:
         else:
             for effect in found.of(MAIN, factor):
                 lines.append(_short_line(shown, effect.name, [effect if kind == MAIN else None for kind in kinds]))
-    return Sheet(("factor", *kinds, "n"), (("", tuple(lines)),))
+    return Sheet(columns(("factor", *kinds, "n")), (("", tuple(lines)),))
 
 
 def _short_line(shown: Metric, name: str, effects: Sequence[Effect | None]) -> tuple[Cell, ...]:
@@ -269,6 +269,8 @@ def _test_notes(shown: Metric, found: Factorial) -> list[str]:
         notes.append(f"n too small: no verdict under {statistics.VERDICT_FROM} seeds.")
     if any(effect.significant for effect in found.effects):
         notes.append(f"Bold: adjusted p below {statistics.ALPHA:g}.")
+    if any(effect.verdict == statistics.DIFFERS for effect in found.effects):
+        notes.append("Differs: significant, in a metric of which neither direction is better.")
     if any(effect.low == effect.high for effect in found.effects):
         notes.append("Interval of zero width: the effect is equal in all seeds; p is then the exact sign-flip p.")
     if shown.higher_is_better is False:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from analysis.escape import escape_markdown, one_line
 from analysis.power import POWER, deviation_factors, seeds_needed
-from analysis.sheets import NONE, Cell, Sheet, fixed, number
+from analysis.sheets import NONE, Cell, Sheet, columns, fixed, number
 from analysis.statistics import ALPHA, Comparison
 from analysis.tables import Layout, LayoutRow, Metric, Table
 
@@ -57,7 +57,7 @@ def precision_block(table: Table) -> list[str]:
         rows.append((Cell(one_line(row.label)), *map(Cell, texts)))
     if wanted is not None:
         header.append(f"seeds for Δ = {wanted:g}")
-    sheet = Sheet((*header, "pairs"), (("", tuple(rows)),), left=1 + several)
+    sheet = Sheet(columns((*header, "pairs"), left=1 + several), (("", tuple(rows)),))
     fewest = min(result.pairs for _, _, result in measured)
     least, most = deviation_factors(fewest)
     notes = (

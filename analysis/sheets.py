@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from analysis.escape import escape_latex, escape_markdown
 
@@ -16,69 +16,77 @@ if TYPE_CHECKING:
 
 NONE = "–"  # nothing can be said here
 
+Alignment = Literal["left", "center", "right"]
+_RULES: dict[Alignment, str] = {"left": ":--", "center": ":-:", "right": "--:"}
+_LETTERS: dict[Alignment, str] = {"left": "l", "center": "c", "right": "r"}
+_CHECK_MARK = r"\providecommand{\checkmark}{\ensuremath{\surd}}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """Title and alignment of a column: words left, marks in the middle, numbers right."""
+
+    title: str
+    align: Alignment = "right"
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One printed cell, in plain Unicode."""
+    """One printed cell, in plain Unicode. Italic: not measured here."""
 
     text: str
     bold: bool = False
+    italic: bool = False
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Cells under column titles. `left`: how many of the columns, from the first, hold words; numbers stand flush right.
+    """Cells under columns. `sections`: titles ("" for none), each with its lines."""
 
-    `sections`: titles ("" for none), each with its lines.
-    """
-
-    header: tuple[str, ...]
+    columns: tuple[Column, ...]
     sections: tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]
-    left: int = 1
 
     def markdown(self) -> list[str]:
         """The lines of the table alone."""
-        width = len(self.header)
-        lines = [pipes([escape_markdown(title) for title in self.header])]
-        lines.append(pipes([":--"] * self.left + ["--:"] * (width - self.left)))
+        lines = [_pipes([escape_markdown(column.title) for column in self.columns])]
+        lines.append(_pipes([_RULES[column.align] for column in self.columns]))
         for title, rows in self.sections:
             if title:
-                lines.append(pipes([f"*{escape_markdown(title)}*", *[""] * (width - 1)]))
-            for row in rows:
-                texts = [(escape_markdown(cell.text), cell.bold) for cell in row]
-                lines.append(pipes([f"**{text}**" if bold else text for text, bold in texts]))
+                lines.append(_pipes([f"*{escape_markdown(title)}*", *[""] * (len(self.columns) - 1)]))
+            lines += [_pipes([_in_markdown(cell) for cell in row]) for row in rows]
         return lines
 
     def latex(self, caption: str, label: str, notes: Iterable[str] = ()) -> str:
-        """A `table` environment with the notes under it; the document needs the package booktabs and nothing else."""
-        width = len(self.header)
-        lines = [
-            r"% Needs \usepackage{booktabs}.",
-            r"\begin{table}",
-            r"  \centering\footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"  \caption{{{escape_latex(caption)}}}",
-            rf"  \label{{tab:{label}}}",
-            rf"  \begin{{tabular}}{{{'l' * self.left + 'r' * (width - self.left)}}}",
-            r"    \toprule",
-            "    " + ampersands(escape_latex(title) for title in self.header),
-        ]
+        """A `table` environment with the notes under it; the document needs booktabs alone (with amssymb, check marks are that
+        package's)."""
+        body: list[str] = []
         for title, rows in self.sections:
-            lines.append(r"    \midrule")
+            body.append(r"    \midrule")
             if title:
-                lines.append(rf"    \multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(title)}}}}} \\")
-            for row in rows:
-                texts = [(escape_latex(cell.text), cell.bold) for cell in row]
-                lines.append("    " + ampersands(rf"\textbf{{{text}}}" if bold else text for text, bold in texts))
-        lines += [
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"  \par\smallskip",
-            r"  \begin{minipage}{\linewidth}\footnotesize\raggedright",
-            *(f"    {escape_latex(note)}\\par" for note in notes),
-            r"  \end{minipage}",
-            r"\end{table}",
-        ]
-        return "\n".join([*lines, ""])
+                body.append(rf"    \multicolumn{{{len(self.columns)}}}{{l}}{{\textit{{{escape_latex(title)}}}}} \\")
+            body += ["    " + _ampersands(_in_latex(cell) for cell in row) for row in rows]
+        text = "\n".join(
+            [
+                r"\begin{table}",
+                r"  \centering\footnotesize\setlength{\tabcolsep}{3pt}",
+                rf"  \caption{{{escape_latex(caption)}}}",
+                rf"  \label{{tab:{label}}}",
+                rf"  \begin{{tabular}}{{{''.join(_LETTERS[column.align] for column in self.columns)}}}",
+                r"    \toprule",
+                "    " + _ampersands(escape_latex(column.title) for column in self.columns),
+                *body,
+                r"    \bottomrule",
+                r"  \end{tabular}",
+                r"  \par\smallskip",
+                r"  \begin{minipage}{\linewidth}\footnotesize\raggedright",
+                *(f"    {escape_latex(note)}\\par" for note in notes),
+                r"  \end{minipage}",
+                r"\end{table}",
+                "",
+            ]
+        )
+        definitions = [_CHECK_MARK] if r"\checkmark" in text else []
+        return "\n".join([r"% Needs \usepackage{booktabs}.", *definitions, text])
 
     def rich(self, title: str, caption: str = "") -> rich.table.Table:
         """For a terminal: `rich.console.Console().print(sheet.rich("…"))`."""
@@ -93,15 +101,20 @@ class Sheet:
             title_justify="left",
             caption_justify="left",
         )
-        for place, name in enumerate(self.header):
-            table.add_column(Text(name), justify="left" if place < self.left else "right")
+        for column in self.columns:
+            table.add_column(Text(column.title), justify=column.align)
         for section, rows in self.sections:
             if section:
                 table.add_section()
-                table.add_row(Text(section, style="italic"), *[""] * (len(self.header) - 1))
+                table.add_row(Text(section, style="italic"), *[""] * (len(self.columns) - 1))
             for row in rows:
-                table.add_row(*[Text(cell.text, style="bold" if cell.bold else "") for cell in row])
+                table.add_row(*[Text(cell.text, style=_style(cell)) for cell in row])
         return table
+
+
+def columns(titles: Sequence[str], left: int = 1) -> tuple[Column, ...]:
+    """Columns of which the first `left` hold words and the others numbers."""
+    return tuple(Column(title, "left" if place < left else "right") for place, title in enumerate(titles))
 
 
 def fixed(value: float, digits: int, sign: bool = False) -> str:
@@ -127,9 +140,27 @@ def csv_text(lines: Iterable[Sequence[object]]) -> str:
     return stream.getvalue()
 
 
-def pipes(cells: Sequence[str]) -> str:
+def _in_markdown(cell: Cell) -> str:
+    text = escape_markdown(cell.text)
+    if not text:
+        return ""
+    return f"**{text}**" if cell.bold else f"*{text}*" if cell.italic else text
+
+
+def _in_latex(cell: Cell) -> str:
+    text = escape_latex(cell.text)
+    if not text:
+        return ""
+    return rf"\textbf{{{text}}}" if cell.bold else rf"\textit{{{text}}}" if cell.italic else text
+
+
+def _style(cell: Cell) -> str:
+    return "bold" if cell.bold else "italic dim" if cell.italic else ""
+
+
+def _pipes(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def ampersands(cells: Iterable[str]) -> str:
+def _ampersands(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from analysis import statistics
 from analysis.escape import one_line
@@ -16,6 +16,7 @@ from analysis.layout import Layout, LayoutRow, Reported
 from analysis.load import COLUMNS
 from analysis.metrics import Metric, metric
 from analysis.notes import table_notes
+from analysis.sheets import NONE, Cell, Column, Sheet, fixed, p_text
 from analysis.statistics import Comparison
 
 if TYPE_CHECKING:
@@ -24,26 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECK", "NONE", "Cell", "Column", "Layout", "LayoutRow", "Line", "Metric", "Reported", "Table", "build_table", "metric"]  # fmt: skip
 
-NONE = "–"  # nothing can be said here
 CHECK = "✓"
 REPORTED = "reported"  # verdict of figures that others have reported
-
-
-@dataclass(frozen=True)
-class Column:
-    """Title and alignment of a column: words left, marks in the middle, numbers right."""
-
-    title: str
-    align: Literal["left", "center", "right"] = "right"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One printed cell, in plain Unicode. Italic: not measured here."""
-
-    text: str
-    bold: bool = False
-    italic: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +77,7 @@ class Table:
                 continue
             row += [
                 Cell(_delta(result, shown), bold=result.significant),
-                Cell(NONE if math.isnan(result.p_holm) else _p(result.p_holm)),
+                Cell(NONE if math.isnan(result.p_holm) else p_text(result.p_holm)),
                 Cell(result.verdict if result.n else NONE),
             ]
         return [*row, Cell(n_text(line.comparisons))]
@@ -127,6 +110,12 @@ class Table:
                 blocks.append((figures.section, rows))
             rows.append(self.reported_cells(figures))
         return blocks
+
+    @property
+    def sheet(self) -> Sheet:
+        """Its cells under their columns, which Markdown, LaTeX and the terminal print."""
+        sections = tuple((section, tuple(map(tuple, rows))) for section, rows in self.blocks())
+        return Sheet(tuple(self.columns), sections)
 
     def to_markdown(self) -> str:
         """A page of Markdown: title, question, table, notes."""
@@ -218,15 +207,15 @@ def build_table(frame: pd.DataFrame, layout: Layout, *, allow_mixed_code: bool =
 def mean_text(result: Comparison, shown: Metric) -> str:
     if not result.n:
         return NONE
-    text = _fixed(result.mean * shown.scale, shown.digits)
-    return text if math.isnan(result.sd) else f"{text} ± {_fixed(result.sd * shown.scale, shown.digits)}"
+    text = fixed(result.mean * shown.scale, shown.digits)
+    return text if math.isnan(result.sd) else f"{text} ± {fixed(result.sd * shown.scale, shown.digits)}"
 
 
 def _delta(result: Comparison, shown: Metric) -> str:
     if math.isnan(result.delta) or result.verdict == statistics.SAME_RUNS:
         return NONE
     delta, low, high = (
-        _fixed(value * shown.scale, shown.digits, sign=True) for value in (result.delta, result.low, result.high)
+        fixed(value * shown.scale, shown.digits, sign=True) for value in (result.delta, result.low, result.high)
     )
     return delta if math.isnan(result.low) else f"{delta} [{low}, {high}]"
 
@@ -236,10 +225,6 @@ def _ratio(result: Comparison, reference: Comparison) -> str:
     if not result.n or result.seeds != reference.seeds or reference.mean == 0:
         return NONE
     return f"{result.mean / reference.mean:.2f}"
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def n_text(results: Sequence[Comparison]) -> str:
@@ -254,14 +239,6 @@ def n_text(results: Sequence[Comparison]) -> str:
             else text
         )
     return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
-
-
-def _fixed(value: float, digits: int, sign: bool = False) -> str:
-    """Fixed digits with a true minus; what rounds to zero has no sign."""
-    if math.isnan(value):
-        return NONE
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _logged(value: float, status: object) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis.escape import one_line
+from analysis.sheets import csv_text, number
 
 if TYPE_CHECKING:
     from analysis.tables import Table
@@ -26,8 +24,8 @@ def numbers_csv(table: Table) -> str:
     for line in table.lines:
         for shown, result in zip(layout.metrics, line.comparisons, strict=True):
             scaled = [value * shown.scale for value in (result.mean, result.sd, result.delta, result.low, result.high)]
-            middle, sd, delta, low, high = (_number(value) for value in scaled)
-            chances = [_number(value) for value in (result.p, result.p_holm, result.p_sign_flip)]
+            middle, sd, delta, low, high = (number(value) for value in scaled)
+            chances = [number(value) for value in (result.p, result.p_holm, result.p_sign_flip)]
             values = [middle, sd, result.pairs, delta, low, high, *chances, result.verdict if result.n else ""]
             values += csv_values(layout, shown, result)
             start = [line.row.name, one_line(line.row.label), line.row.section, layout.reference]
@@ -40,20 +38,9 @@ def numbers_csv(table: Table) -> str:
                 unit = "points" if shown.percent else ""
                 told = [figures.values[shown.name], one_line(figures.source)]
                 lines.append([*start, unit, "", *[""] * len((*_FIELDS, *CSV_FIELDS)), *told, *[""] * len(layout.marks)])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def runs_csv(table: Table) -> str:
     """One line per row and seed, metric values as logged."""
-    return _csv([table.run_columns, *table.runs])
-
-
-def _number(value: float) -> str:
-    """Shortest text of 12 significant digits; empty for what is not there."""
-    return "" if math.isnan(value) else f"{value:.12g}"
-
-
-def _csv(lines: Iterable[Sequence[object]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(lines)
-    return stream.getvalue()
+    return csv_text([table.run_columns, *table.runs])

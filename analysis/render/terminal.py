@@ -10,36 +10,13 @@ from analysis.escape import one_line
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    from analysis.tables import Cell, Table
+    from analysis.tables import Table
 
 
 def rich_table(table: Table) -> RichTable:
     """Title and question above, notes below."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
     title = "\n".join(one_line(text) for text in (table.layout.title, table.layout.question) if text)
-    shown = RichTable(
-        title=Text(title),
-        caption=Text("\n".join(table.notes)),
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for column in table.columns:
-        shown.add_column(Text(column.title), justify=column.align)
-    for section, rows in table.blocks():
-        if section:
-            shown.add_section()
-            shown.add_row(Text(section, style="italic"), *[""] * (len(table.columns) - 1))
-        for row in rows:
-            shown.add_row(*[Text(cell.text, style=_style(cell)) for cell in row])
-    return shown
-
-
-def _style(cell: Cell) -> str:
-    return "bold" if cell.bold else "italic dim" if cell.italic else ""
+    return table.sheet.rich(title, "\n".join(table.notes))
 
 
 def plain_text(table: Table, width: int) -> str:

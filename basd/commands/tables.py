@@ -46,7 +46,7 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> int:
     if is_sweep(given.name):
         return plan_sweep(given, overrides, screen)
     made, options = planned(given, overrides, screen)
-    ledger = Ledger(options.ledger_url, made.setting, retries=options.retries, grace=options.grace)
+    ledger = Ledger.of(options, made.setting)
     states = ledger.arms(list(made.arms)) if ledger.exists else {}
     left = steps_left(made, states, options)
     probe = None

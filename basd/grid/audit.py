@@ -156,13 +156,7 @@ def audit_plan(plan: Plan, options: GridOptions, installed: str | None = None) -
 class _Auditor:
     def __init__(self, plan: Plan, options: GridOptions, installed: str) -> None:
         self.plan, self.options, self.installed = plan, options, installed
-        self.ledger = Ledger(
-            options.ledger_url,
-            plan.setting,
-            retries=options.retries,
-            grace=options.grace,
-            timeout=options.ledger_timeout,
-        )
+        self.ledger = Ledger.of(options, plan.setting)
         self.findings: list[Finding] = []
         self.problems: list[str] = []
         self.versions: Counter[str] = Counter()

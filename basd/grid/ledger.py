@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from basd.config import FrozenArm
+    from basd.grid.options import GridOptions
 
 log = logging.getLogger("basd.ledger")
 
@@ -47,6 +48,13 @@ class Ledger:
         self._seen: dict[int, tuple[Any, float]] = {}  # trial -> (owner and beat, when we first saw them)
         self._beating: threading.Thread | None = None
         self._quit = threading.Event()
+
+    @classmethod
+    def of(cls, options: GridOptions, setting: str) -> Ledger:
+        """The ledger of a setting that these options name."""
+        return cls(
+            options.ledger_url, setting, retries=options.retries, grace=options.grace, timeout=options.ledger_timeout
+        )
 
     @property
     def database(self) -> Database:

@@ -220,9 +220,7 @@ def run_grid(
 
         console = RichConsole()
     began = time.monotonic()
-    ledger = Ledger(
-        options.ledger_url, plan.setting, retries=options.retries, grace=options.grace, timeout=options.ledger_timeout
-    )
+    ledger = Ledger.of(options, plan.setting)
     ledger.check()
     keys = list(plan.arms)
     states = ledger.arms(keys)
@@ -457,7 +455,7 @@ def _settle(
 def sync(plan: Plan, options: GridOptions, timeout: float = 600.0) -> Outcome:
     """`basd sync`: send what MLflow does not have yet; trains nothing."""
     check_tracking(options.tracking_uri)
-    ledger = Ledger(options.ledger_url, plan.setting, retries=options.retries, grace=options.grace)
+    ledger = Ledger.of(options, plan.setting)
     outcome = Outcome()
     mirror = mirror_of(plan, options, ledger)
     states = ledger.arms(list(plan.arms))

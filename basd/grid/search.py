@@ -50,13 +50,7 @@ class Search:
     def __init__(self, sweep: Sweep, options: GridOptions, prepare: Callable[[Config], Resources]) -> None:
         self.sweep, self.options = sweep, options
         self._prepare = prepare
-        self.ledger = Ledger(
-            options.ledger_url,
-            sweep.setting,
-            retries=options.retries,
-            grace=options.grace,
-            timeout=options.ledger_timeout,
-        )
+        self.ledger = Ledger.of(options, sweep.setting)
         # one lock for both, which `_settle` holds while it asks the ledger
         self._database = self.ledger.database
         self._study: optuna.Study | None = None

@@ -64,9 +64,7 @@ def _train_here(
     for notice in notices:
         screen.print(f"Note: {notice}.", markup=False)
     screen.print(f"{arm.name} seed={arm.seed} in {arm.setting} (arm {arm.arm_key})", markup=False)
-    ledger = Ledger(
-        options.ledger_url, arm.setting, retries=options.retries, grace=options.grace, timeout=options.ledger_timeout
-    )
+    ledger = Ledger.of(options, arm.setting)
     if not again and ledger.exists:
         state = ledger.arms([arm.arm_key]).get(arm.arm_key)
         if state is not None and state.state == "complete":

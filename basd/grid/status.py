@@ -63,7 +63,7 @@ def status(options: GridOptions, name: str | None = None, setting: str | None = 
             plan = Plan.load(path)
         except UserError:  # written by another version of BASD
             continue
-        ledger = Ledger(options.ledger_url, plan.setting, retries=options.retries, grace=options.grace)
+        ledger = Ledger.of(options, plan.setting)
         states = ledger.arms(list(plan.arms)) if ledger.exists else {}
         tables.append(_table(plan, path, states, options))
     return tables

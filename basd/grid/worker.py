@@ -411,9 +411,7 @@ def work_on(
     plan = Plan.load(Path(plan_path))
     stop = Stop(parent)
     stop.listen()
-    ledger = Ledger(
-        options.ledger_url, plan.setting, retries=options.retries, grace=options.grace, timeout=options.ledger_timeout
-    )
+    ledger = Ledger.of(options, plan.setting)
     ledger.ensure(plan.arms.values(), {key: plan.labels_of(key) for key in plan.arms}, plan.name)
     worker = Worker(
         plan.arms,

@@ -262,6 +262,10 @@ def test_verdicts_know_the_direction_of_the_metric() -> None:
     up, down = (analyse(values, design(rows), higher_is_better=higher) for higher in (True, False))
     assert [up.of(ALONE, name)[0].verdict for name in "ab"] == ["better", "worse"]
     assert [down.of(ALONE, name)[0].verdict for name in "ab"] == ["worse", "better"]
+    neutral = analyse(values, design(rows), higher_is_better=None)
+    assert [(e.verdict, e.significant) for e in (*neutral.of(ALONE), *neutral.of(INTERACTION))] == [
+        ("differs", True)
+    ] * 3
     assert up.of(INTERACTION)[0].verdict == "better together" and down.of(INTERACTION)[0].verdict == "worse together"
 
 
