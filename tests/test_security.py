@@ -37,9 +37,9 @@ from basd.grid.finished import find_finished
 from basd.grid.ledger import Ledger
 from basd.grid.options import GridOptions
 from basd.grid.plan import Plan
-from basd.grid.run import Workers
 from basd.grid.storage import Database
 from basd.grid.worker import prepare
+from basd.grid.workers import Workers
 from basd.models.checkpoints import read_checkpoint
 from basd.multirun import multirun, start_workers
 from basd.tracking.files import write_json
@@ -433,7 +433,7 @@ def test_a_worker_is_not_told_addresses_on_its_command_line(tmp_path: Path, monk
         started.update(command=command, **given)
         return SimpleNamespace(pid=1)
 
-    monkeypatch.setattr("basd.grid.run.subprocess.Popen", start)
+    monkeypatch.setattr("basd.grid.workers.subprocess.Popen", start)
     options = GridOptions(directory=str(tmp_path), ledger_url=ADDRESSES[0], processes=1, device="cpu")
     Workers(tmp_path / "plan.json", options, tmp_path / "logs").start()
     assert SECRET not in " ".join(started["command"]) and any(SECRET in value for value in started["env"].values())
