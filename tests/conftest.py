@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +38,13 @@ def tiny_arm(preparer: Preparer) -> Callable[..., FrozenArm]:
         return freeze(composed, "tiny", preparer(composed.config))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store; making one takes seconds, copying it does not."""
+    from basd.tracking.mlflow_store import open_client
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_client(f"sqlite:///{path}")
+    return path

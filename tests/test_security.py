@@ -228,11 +228,10 @@ def test_presets_and_tables_are_plain_yaml() -> None:
 # -- the tracking server -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_client(f"sqlite:///{path}")
-    return path
+@pytest.fixture
+def store(store: Path, tmp_path: Path) -> Path:
+    """A store of the test's own, which it writes to."""
+    return Path(shutil.copy(store, tmp_path / "mlflow.db"))
 
 
 def tracked_run(store: Path, tmp_path: Path, config: str, weights: bytes) -> str:
@@ -278,8 +277,7 @@ def test_artifacts_hold_nothing_from_outside_the_arm(store: Path, tmp_path: Path
     journal = Journal(directory)
     journal.metrics(1, {"train/loss": 1.0})
     journal.end("complete", "", {"test/top1": 0.5})
-    shutil.copy(store, tmp_path / "mlflow.db")
-    mirror = Mirror(f"sqlite:///{tmp_path}/mlflow.db", interval=0.05)
+    mirror = Mirror(f"sqlite:///{store}", interval=0.05)
     mirror.add(directory)
     assert mirror.drain(30.0), mirror.problem
     sent = [path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()]
@@ -418,11 +416,10 @@ def test_passwords_reach_neither_artifacts_tags_nor_the_list_of_processes(tmp_pa
     assert SECRET not in (directory / "config.yaml").read_text()
     journal = Journal(directory)
     journal.end("failed", f"{UserError(f'no answer from {ADDRESSES[0]}')}")
-    shutil.copy(store, tmp_path / "mlflow.db")
-    mirror = Mirror(f"sqlite:///{tmp_path}/mlflow.db", interval=0.05)
+    mirror = Mirror(f"sqlite:///{store}", interval=0.05)
     mirror.add(directory)
     assert mirror.drain(30.0), mirror.problem
-    sent = [tmp_path / "mlflow.db", *(path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file())]
+    sent = [store, *(path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file())]
     assert len(sent) == 2 and not any(SECRET.encode() in path.read_bytes() for path in sent)
 
 

@@ -18,7 +18,6 @@ from basd.benchmarks import cohort, data, step, taps
 from basd.benchmarks.timing import Times, alternate
 from basd.cli import main
 from basd.errors import UserError
-from basd.tracking.mlflow_store import open_client
 from basd.tracking.runs import PAGE, ApiRuns, open_runs
 
 SMALL = [
@@ -87,17 +86,9 @@ def test_data(tmp_path: Path) -> None:
     assert all(0 <= value <= 1 for value in waits.values())
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking store without runs; making one takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    open_client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def copied(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("basd.tracking.mlflow_store._create", lambda path: shutil.copy(empty, path))
+def copied(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("basd.tracking.mlflow_store._create", lambda path: shutil.copy(store, path))
 
 
 @pytest.mark.usefixtures("copied")

@@ -97,13 +97,6 @@ class Machine:
         return found
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def machines(tmp_path: Path, store: Path) -> tuple[Machine, Machine]:
     shutil.copy(store, tmp_path / "mlflow.db")

@@ -68,13 +68,6 @@ class Grid:
         return [len(path.read_text().split()) for path in paths]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def grid(tmp_path: Path, store: Path) -> Grid:
     shutil.copy(store, tmp_path / "mlflow.db")
