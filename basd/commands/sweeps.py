@@ -13,8 +13,11 @@ from basd.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from analysis.sweeps import SweepResult
+    from basd.grid.display import TeacherProgress
     from basd.grid.options import GridOptions
     from basd.grid.plan import Plan
+    from basd.grid.search import Search
 
 
 def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
@@ -50,9 +53,9 @@ def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
     if not outcome.mirrored:
         screen.print(f"Not everything is in MLflow yet: {outcome.mirror_problem}", markup=False)
     if outcome.plan is not None:
-        files = sweep_report(outcome.plan, options, screen, Path(wanted.config.runtime.reports))
+        result, files = sweep_report(outcome.plan, options, screen, Path(wanted.config.runtime.reports))
         if outcome.mirrored:
-            publish_sweep_run(outcome.plan, options, screen, files)
+            publish_sweep_run(outcome.plan, options, screen, result, files)
     left = f" and left {outcome.pruned} on their way" if outcome.pruned else ""
     trained = f"Trained {outcome.trained} arms{left}"
     if not outcome.trained and not outcome.pruned:
@@ -65,17 +68,11 @@ def sweep(given: argparse.Namespace, overrides: list[str]) -> int:
 
 def plan_sweep(given: argparse.Namespace, overrides: list[str], screen: Console) -> int:
     screen.print(f"Planning {given.name}.", markup=False)
-    from basd.grid.options import GridOptions
-    from basd.grid.plan import Preparer
-    from basd.grid.search import Search
     from basd.grid.sweep import print_sweep
-    from basd.grid.sweeps import load_sweep
 
-    wanted = load_sweep(given.name, overrides)
     progress = teacher_progress(screen, given.quiet)
     try:
-        search = Search(wanted, GridOptions.from_config(wanted.config), Preparer(progress))
-        print_sweep(screen, search, probing=not given.no_probe)
+        print_sweep(screen, _search(given, overrides, progress), probing=not given.no_probe)
     finally:
         progress.close()
     return 0
@@ -83,23 +80,26 @@ def plan_sweep(given: argparse.Namespace, overrides: list[str], screen: Console)
 
 def swept_plan(given: argparse.Namespace, overrides: list[str], screen: Console) -> tuple[Plan, GridOptions]:
     """The plan of a sweep's trials so far, with the options it runs under."""
+    search = _search(given, overrides)
+    if not search.trials():
+        raise UserError(
+            f"the sweep {given.name} has no trial yet under this setting; run basd sweep {given.name} first."
+        )
+    return search.plan(), search.options
+
+
+def _search(given: argparse.Namespace, overrides: list[str], progress: TeacherProgress | None = None) -> Search:
     from basd.grid.options import GridOptions
     from basd.grid.plan import Preparer
     from basd.grid.search import Search
     from basd.grid.sweeps import load_sweep
 
     wanted = load_sweep(given.name, overrides)
-    options = GridOptions.from_config(wanted.config)
-    search = Search(wanted, options, Preparer())
-    if not search.trials():
-        raise UserError(
-            f"the sweep {given.name} has no trial yet under this setting; run basd sweep {given.name} first."
-        )
-    return search.plan(), options
+    return Search(wanted, GridOptions.from_config(wanted.config), Preparer(progress))
 
 
-def sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Path) -> list[Path]:
-    """Write and print the report of a sweep; returns the files."""
+def sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Path) -> tuple[SweepResult, list[Path]]:
+    """Write and print the report of a sweep; returns what it tells, and the files."""
     from analysis import write_index
     from analysis.sweeps import command, load_sweep, notes, to_rich, write_sweep_report
 
@@ -114,17 +114,19 @@ def sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Pat
     figures = sorted({path.stem.removeprefix(f"{made.name}.") for path in paths if path.suffix == ".pdf"})
     written = [str(path) for path in (*paths, *write_index(reports)) if path.suffix not in (".pdf", ".png")]
     screen.print(f"Written: {', '.join(written)}; figures {', '.join(figures)} beside them (PDF, PNG)", markup=False)
-    return paths
+    return result, paths
 
 
-def publish_sweep_run(made: Plan, options: GridOptions, screen: Console, files: list[Path]) -> None:
-    """The sweep's own run in MLflow; a failure is told and mended by the next call."""
+def publish_sweep_run(
+    made: Plan, options: GridOptions, screen: Console, result: SweepResult | None, files: list[Path]
+) -> None:
+    """The sweep's own run in MLflow; a failure is told and mended by the next call. `result`: None reads the study."""
     from analysis.sweeps import load_sweep, tracked
     from basd.grid.finished import first_line
     from basd.tracking.sweep_run import publish_sweep
 
     assert made.sweep is not None
-    result = load_sweep(options.ledger_url, made.sweep["study"])
+    result = result or load_sweep(options.ledger_url, made.sweep["study"])
     keys = {row.configuration_key for row in made.rows}
     lock = options.setting_directory(made.setting) / "mirror.lock"
     try:

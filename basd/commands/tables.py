@@ -272,7 +272,7 @@ def sync(given: argparse.Namespace, overrides: list[str]) -> int:
     outcome = run_sync(made, options)
     if swept and outcome.mirrored:
         reports = Path(made.runtime["reports"]) / made.setting
-        publish_sweep_run(made, options, screen, sorted(reports.glob(f"{made.name}.*")))
+        publish_sweep_run(made, options, screen, None, sorted(reports.glob(f"{made.name}.*")))
     screen.print(
         "MLflow has everything." if outcome.mirrored else f"MLflow still lacks something: {outcome.mirror_problem}",
         markup=False,
