@@ -6,11 +6,13 @@ The modules imported here are light; mlflow, pandas, scipy and rich are imported
 """
 
 from analysis.factorial_report import FactorialReport, build_factorial
+from analysis.gallery import Gallery
 from analysis.histories import histories, selector_history, weight_history
 from analysis.index import write_index
 from analysis.layout import Layout, LayoutRow, Reported
 from analysis.load import load
 from analysis.metrics import Metric, metric
+from analysis.planned import layout_of, plan_of
 from analysis.power import seeds_needed
 from analysis.report import Report, write_report
 from analysis.statistics import Comparison, compare
@@ -19,6 +21,7 @@ from analysis.tables import Table, build_table
 __all__ = [
     "Comparison",
     "FactorialReport",
+    "Gallery",
     "Layout",
     "LayoutRow",
     "Metric",
@@ -29,8 +32,10 @@ __all__ = [
     "build_table",
     "compare",
     "histories",
+    "layout_of",
     "load",
     "metric",
+    "plan_of",
     "seeds_needed",
     "selector_history",
     "weight_history",

@@ -33,3 +33,11 @@ def figures_of(name: str, directory: Path) -> list[str]:
     """File names of the figures NAME.WHAT.png that lie in a directory, in order."""
     pattern = re.compile(rf"{re.escape(name)}\.[A-Za-z0-9_-]+\.png")
     return sorted(path.name for path in directory.glob("*.png") if pattern.fullmatch(path.name))
+
+
+def same_text(path: Path, text: str) -> bool:
+    """Whether a file holds exactly this text."""
+    try:
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False

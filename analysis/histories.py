@@ -31,20 +31,21 @@ def histories(
     tracking_uri: str = DEFAULT_TRACKING_URI,
     setting: str | None = None,
     rows: Rows | None = None,
+    missing: bool = False,
 ) -> pd.DataFrame:
     """The values that the arms of `ablation` logged on the way: row, seed, step, metric, value (raw units), one a line.
 
     `metrics`: names or patterns such as "train/loss", "weight/*", "selector/*". The arms, `setting` and `rows` are those of
     `analysis.load`; lines come by row, seed, metric and step. Of a value that was not finite MLflow holds the last one of
     a metric, which stands at its step; two values of one step are the later one. UserError: as `load`, or a name or
-    pattern that fits no metric of these arms (with the nearest names).
+    pattern that fits no metric of these arms (with the nearest names), which with `missing` gives no lines instead.
     """
     import pandas as pd
 
     with closing(open_store(ablation, tracking_uri)) as reader:
         selection = select(reader, ablation, tracking_uri, setting, rows)
         runs = {arm.run.run_id: arm.run for arm in selection.arms}
-        names = _matching([metrics] if isinstance(metrics, str) else metrics, runs.values())
+        names = _matching([metrics] if isinstance(metrics, str) else metrics, runs.values(), missing)
         with reading(tracking_uri):
             series = _series(reader, list(runs.values()), names)
     lines = [
@@ -78,13 +79,14 @@ def selector_history(
     tracking_uri: str = DEFAULT_TRACKING_URI,
     setting: str | None = None,
     rows: Rows | None = None,
+    missing: bool = False,
 ) -> pd.DataFrame:
     """What each extraction point took from each teacher layer: row, seed, step, point, layer, value.
 
     `value` is the layer's share at the end of an epoch (of one point and step they sum to 1); points are student blocks, layers
     teacher blocks, from 0. An arm has a selector history once it is complete; those that select and are not complete
     are told in `frame.attrs["warnings"]`. Arguments are those of `analysis.load`. UserError: as `load`, no arm with a selector
-    history, or a file that is none.
+    history (with `missing` an empty frame instead), or a file that is none.
     """
     import pandas as pd
 
@@ -99,19 +101,19 @@ def selector_history(
         # it logged a selector's entropy, so it has a selector
         if arm.run.run_id not in mixtures and "selector/entropy" in arm.run.latest:
             selection.warnings.append(f"Row '{arm.row}', seed {arm.seed}: no selector history yet ({arm.run.status}).")
-    if not lines:
+    if not lines and not missing:
         why = "none of its rows uses a selector, or no arm that does is complete (`basd status` shows how far they are)"
         raise UserError(f"No arm of '{ablation}' has a selector history: {why}.")
     return selection.describe(pd.DataFrame(lines, columns=["row", "seed", "step", "point", "layer", "value"]))
 
 
-def _matching(patterns: Iterable[str], runs: Iterable[Run]) -> list[str]:
+def _matching(patterns: Iterable[str], runs: Iterable[Run], missing: bool) -> list[str]:
     """The metrics that some pattern fits, by name."""
     known = sorted({name for run in runs for name in (*run.latest, *run.marks)})
     found: set[str] = set()
     for pattern in patterns:
         fitting = set(fnmatch.filter(known, pattern))
-        if not fitting:
+        if not fitting and not missing:
             raise UserError(no_such_metric(pattern, known))
         found |= fitting
     return sorted(found)

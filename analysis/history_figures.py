@@ -60,11 +60,13 @@ def trajectories(histories: pd.DataFrame, row: str, label: str = "") -> Figure |
 
     frame = histories[histories["row"] == row]
     kinds = {"loss/": "loss", "ramp/": "ramp", "weight/": "weight"}
-    names = {kind: sorted({m for m in frame["metric"] if m.startswith(kind) and m.count("/") == 1}) for kind in kinds}
+    logged = set(frame["metric"])
+    # what else stands under loss/ counts something and has no weight
+    parts = sorted(name.removeprefix("weight/") for name in logged if name.startswith("weight/"))
+    names = {kind: [f"{kind}{part}" for part in parts if f"{kind}{part}" in logged] for kind in kinds}
     shown = [kind for kind in kinds if names[kind]]
     if not shown:
         return None
-    parts = sorted({name.partition("/")[2] for kind in shown for name in names[kind]})
     figure, axes = pyplot.subplots(1, len(shown), figsize=(PAGE, 2.3), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], shown, strict=True):
         for name in names[kind]:
@@ -72,7 +74,8 @@ def trajectories(histories: pd.DataFrame, row: str, label: str = "") -> Figure |
             _curve(axis, frame, name, parts.index(part), part)
         axis.set_xlabel("step")
         axis.set_ylabel(kinds[kind])
-        if kind == "loss/":
+        values = frame[frame["metric"].isin(names[kind])]["value"]
+        if kind == "loss/" and 0 < 10 * values.min() < values.max():
             axis.set_yscale("log")
     handles = {
         label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
@@ -90,6 +93,7 @@ def selector_map(history: pd.DataFrame, row: str) -> Figure | None:
     there and from 1 in the figure.
     """
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     frame = history[history["row"] == row]
     if frame.empty:
@@ -105,11 +109,14 @@ def selector_map(history: pd.DataFrame, row: str) -> Figure | None:
         axis = axes[place // columns, place % columns]
         table = frame[frame["point"] == point].pivot_table(index="layer", columns="step", values="value")
         steps, layers = table.columns, table.index
-        edges = (steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1, layers[0] + 0.5, layers[-1] + 1.5)
+        # a column is the epoch that ended at its step
+        width = steps[1] - steps[0] if len(steps) > 1 else steps[0]
+        edges = (steps[0] - width, steps[-1], layers[0] + 0.5, layers[-1] + 1.5)
         shown = axis.imshow(
             table.to_numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=edges
         )
         axis.set_title(f"after student block {point + 1}", fontsize=7)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(False)
     for place in range(len(points), lines * columns):
         axes[place // columns, place % columns].set_visible(False)
@@ -128,6 +135,7 @@ def cost_against(
     `frame`: columns row, seed and one for each metric, as `analysis.load` gives them.
     """
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     if cost not in frame or metric not in frame or frame[[cost, metric]].dropna().empty:
         return None
@@ -141,6 +149,8 @@ def cost_against(
         axis.errorbar(x.scale * values[cost], y.scale * values[metric], yerr=error, fmt="os^Dv<>P*X"[place % 10], color=colour,
                       ms=4, lw=0.8, label=(labels or {}).get(str(row), str(row)))  # fmt: skip
     axis.set_xlabel(x.label)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_ylabel(y.heading)
     _legend(figure, len(means))
     return figure

@@ -46,6 +46,7 @@ _COSTS = {
     "time/data_wait_share": Metric("time/data_wait_share", "data wait", True, False, 1, False),
     "system/peak_megabytes": Metric("system/peak_megabytes", "peak MB", False, False, 0, False),
     "cost/student_parameters": Metric("cost/student_parameters", "student parameters", False, False, 0, False),
+    "cost/parameters": Metric("cost/parameters", "trained parameters", False, False, 0, False),
     "cost/distillation_parameters": Metric("cost/distillation_parameters", "other parameters", False, False, 0, False),
 }
 

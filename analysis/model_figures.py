@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.style import COLOURS, COLUMN, GREY, PAGE
 from analysis.trained import (
-    Layers,
+    Distances,
     TrainedArm,
     amplitude_spectra,
-    attention_distances,
     cka,
     radial_profiles,
     rollout,
@@ -64,22 +63,26 @@ def _over(axis: Axes, picture: Any, weights: Tensor, title: str) -> None:
     axis.set_title(title, fontsize=7)
 
 
-def attention_distance(arms: Sequence[TrainedArm]) -> Figure:
-    """Mean attention distance by depth: a line for each student and for their teacher, dots for the heads."""
+def attention_distance(students: Sequence[Distances]) -> Figure:
+    """Mean attention distance by depth: a line for each student and each teacher that they have, dots for the heads."""
+    import torch
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(COLUMN, 2.4), layout="constrained")
-    lines = [(arm.name, arm.student_layers(), colour) for arm, colour in zip(arms, _colours(len(arms)), strict=True)]
-    lines.append(("teacher", arms[0].teacher_layers(), GREY))
-    for name, layers, colour in lines:
-        distances = attention_distances(layers)
-        depth = _depths(layers)
+    lines = [(one.name, one.student, colour) for one, colour in zip(students, _colours(len(students)), strict=True)]
+    teachers: list[Distances] = []
+    for one in students:
+        if not any(torch.equal(one.teacher, other.teacher) for other in teachers):
+            teachers.append(one)
+    for one in teachers:
+        lines.append(("teacher" if len(teachers) == 1 else f"teacher of {one.name}", one.teacher, GREY))
+    for name, distances, colour in lines:
+        depth = _depths(len(distances))
         for head in distances.T:
             axis.plot(depth, head, ".", color=colour, ms=2, alpha=0.5)
         axis.plot(depth, distances.mean(dim=1), "-", color=colour, label=_short(name))
     axis.set_xlabel("depth (share of the blocks)")
     axis.set_ylabel("attention distance (image sides)")
-    axis.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 
@@ -120,7 +123,7 @@ def radial_spectra(arm: TrainedArm) -> Figure:
         axes, (("student", arm.student_layers()), ("teacher", arm.teacher_layers())), strict=True
     ):
         frequency, profiles = radial_profiles(amplitude_spectra(layers))
-        for depth, profile in zip(_depths(layers), profiles, strict=True):
+        for depth, profile in zip(_depths(layers.depth), profiles, strict=True):
             axis.plot(frequency, (profile / profile[0]).log10(), color=colours(depth))
         axis.set_title(f"{who}, {layers.depth} blocks")
         axis.set_xlabel("radial frequency (Nyquist = 1)")
@@ -152,8 +155,8 @@ def similarity(arm: TrainedArm) -> Figure:
     return figure
 
 
-def _depths(layers: Layers) -> list[float]:
-    return [(block + 1) / layers.depth for block in range(layers.depth)]
+def _depths(blocks: int) -> list[float]:
+    return [(block + 1) / blocks for block in range(blocks)]
 
 
 def _spread(depth: int, count: int) -> list[int]:

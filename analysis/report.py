@@ -1,8 +1,8 @@
-"""Write a table, the effects of its factors and their figures to files, and tell the index of it."""
+"""Write a table, the effects of its factors and the figures to files, and tell the index of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from analysis import table_figures
 from analysis.entries import table_entry
 from analysis.factorial_report import FactorialReport, build_factorial
-from analysis.files import figures_of, write_texts
+from analysis.files import figures_of, same_text, write_texts
+from analysis.gallery import remove_figures
 from analysis.precision import precision_block
 from analysis.tables import Layout, Table, build_table
 
@@ -31,12 +32,20 @@ class Report:
     factorial: FactorialReport | None = None
 
 
-def write_report(frame: pd.DataFrame, layout: Layout, directory: Path, *, allow_mixed_code: bool = False) -> Report:
+def write_report(
+    frame: pd.DataFrame,
+    layout: Layout,
+    directory: Path,
+    *,
+    allow_mixed_code: bool = False,
+    draw: Callable[[pd.DataFrame, Layout, Path], list[Path]] | None = None,
+) -> Report:
     """Compute the table and write <name>.md, .tex, .csv, .runs.csv, .html and .json into `directory` (made if missing).
 
     Of a factorial table also <name>.factorial.md, .tex and .csv; and as PDF and PNG the figures that the numbers allow:
-    <name>.forest, <name>.shapley, <name>.interactions. The page shows every figure <name>.WHAT.png that lies there by then;
-    .json is what `analysis.index` knows of the table. The same runs give the same bytes. UserError: see `build_table`, or a
+    <name>.forest, <name>.shapley, <name>.interactions. `draw` adds figures of the runs (`Gallery.draw`), once the table is one.
+    The page shows every figure <name>.WHAT.png that lies there by then: those of an earlier report are kept where they are of
+    the same runs. .json is what `analysis.index` knows of the table. The same runs give the same bytes. UserError: see `build_table`, or a
     directory that cannot be written.
     """
     table = build_table(frame, layout, allow_mixed_code=allow_mixed_code)
@@ -44,6 +53,10 @@ def write_report(frame: pd.DataFrame, layout: Layout, directory: Path, *, allow_
     directory = Path(directory)
     # before the page, which shows them
     drawn = table_figures.draw(table, factorial, directory)
+    if draw is not None:
+        drawn += draw(frame, layout, directory)
+    if not same_text(directory / f"{layout.name}.runs.csv", table.to_runs_csv()):
+        remove_figures(layout.name, directory, drawn)
     figures = figures_of(layout.name, directory)
     own = {what: f"{layout.name}.{what}.png" for what in table_figures.drawable(table, factorial)}
     texts = {

@@ -47,10 +47,19 @@ def style() -> Iterator[None]:
     # no display is needed, and none of a notebook is taken away
     if "matplotlib.pyplot" not in sys.modules:
         matplotlib.use("Agg")
-    import seaborn
-
-    with seaborn.axes_style("whitegrid"), matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context():
+        use()
         yield
+
+
+def use() -> None:
+    """The look for all figures from here on, as a notebook wants it."""
+    import matplotlib
+    import seaborn
+    from cycler import cycler
+
+    matplotlib.rcParams.update({**seaborn.axes_style("whitegrid"), **_SETTINGS})
+    matplotlib.rcParams["axes.prop_cycle"] = cycler(color=COLOURS)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

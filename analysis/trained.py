@@ -59,6 +59,20 @@ class TrainedArm:
         return read_layers(self.teacher, normalize(seen, mean, std))
 
 
+@dataclass(frozen=True)
+class Distances:
+    """Mean attention distance of each block and head, in sides of the image, (blocks, heads)."""
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+
+    @classmethod
+    def of(cls, arm: TrainedArm) -> Distances:
+        """Of a student and its teacher on the arm's images."""
+        return cls(arm.name, attention_distances(arm.student_layers()), attention_distances(arm.teacher_layers()))
+
+
 def open_arm(
     reference: str,
     *,
@@ -66,10 +80,12 @@ def open_arm(
     tracking_uri: str = "sqlite:///mlflow.db",
     setting: str | None = None,
     count: int = 64,
+    name: str | None = None,
 ) -> TrainedArm:
     """A finished arm by its key or the beginning of it, its directory, or its MLflow run id.
 
-    `count` images of the validation split, in its order: the test split is left alone. `UserError` where the arm, its
+    `count` images of the validation split, in its order: the test split is left alone; `name` is what figures call the arm,
+    by default its own name. `UserError` where the arm, its
     weights, its data or its teacher are not here.
     """
     import torch
@@ -95,7 +111,7 @@ def open_arm(
         splits.validation, config.student.image_size, getattr(config.data, "eval_crop", 1.0), count, torch.device("cpu")
     )
     images, labels = next(iter(batches))
-    return TrainedArm(arm.name, arm.arm_key, student, teacher, config, images[:count], labels[:count])
+    return TrainedArm(name or arm.name, arm.arm_key, student, teacher, config, images[:count], labels[:count])
 
 
 def read_layers(model: VisionTransformer, images: Tensor) -> Layers:

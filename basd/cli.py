@@ -69,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("name", nargs="?", help="an ablation or a sweep; all of them without it")
     report.add_argument("name", nargs="?", help="an ablation or a sweep")
     report.add_argument("--all", action="store_true", help="every table and sweep that has a plan here")
+    report.add_argument(
+        "--figures",
+        choices=("table", "training", "models"),
+        help="of the table alone; also of training (the default); also of the trained models (the default of --all)",
+    )
+    grid.set_defaults(figures="table")
     grid.add_argument(
         "--retrain-stale", action="store_true", help="train again, once, what other code than the installed one trained"
     )

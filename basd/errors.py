@@ -21,6 +21,10 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(without_passwords(message))
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback (IPython's hook)."""
+        return [str(self)]
+
 
 # Why an arm that found no room for its checkpoint or its record was given back.
 DISK_FULL = "the disk is full"

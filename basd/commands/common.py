@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from basd.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from rich.console import Console
 
     from basd.grid.display import TeacherProgress
-    from basd.grid.plan import Plan
 
 
 def console(quiet: bool = False) -> Console:
@@ -24,13 +26,6 @@ def teacher_progress(screen: Console, quiet: bool) -> TeacherProgress:
     from basd.grid.display import TeacherProgress
 
     return TeacherProgress(screen, quiet)
-
-
-def teacher_note(made: Plan) -> str:
-    from basd.models.teacher import teacher_title
-
-    name = teacher_title(made.config["teacher"])
-    return f"{name}, {100 * made.teacher_top1:.1f} % test top-1" if made.teacher_top1 is not None else name
 
 
 def run_sections(overrides: list[str]) -> tuple[str | None, Any]:
@@ -58,3 +53,19 @@ def starting_command(name: str) -> str:
         return f"basd sweep {name}"
     load_ablation(name)
     return f"basd grid {name}"
+
+
+def say_written(screen: Console, name: str, paths: Sequence[Path]) -> None:
+    """The files of a report, those of one stem together; its figures NAME.WHAT.png by what they show."""
+    texts: list[str] = []
+    for path in paths:
+        if path.suffix in (".pdf", ".png"):
+            continue
+        stem = str(path.with_name(name))
+        if texts and texts[-1].startswith(f"{stem}.") and path.name.startswith(f"{name}."):
+            texts[-1] += f" {path.name.removeprefix(name)}"
+        else:
+            texts.append(str(path))
+    figures = sorted({path.stem.removeprefix(f"{name}.") for path in paths if path.suffix == ".pdf"})
+    beside = f"; figures {', '.join(figures)} beside them (PDF, PNG)" if figures else ""
+    screen.print(f"Written: {', '.join(texts)}{beside}", markup=False)

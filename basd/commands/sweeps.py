@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from basd.commands.common import console, teacher_progress
+from basd.commands.common import console, say_written, teacher_progress
 from basd.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def sweep_report(made: Plan, options: GridOptions, screen: Console, reports: Pat
         screen.print(f"Best (trial {trial.number}): {command(result, trial)}", markup=False)
     for note in notes(result):
         screen.print(note, markup=False)
-    figures = sorted({path.stem.removeprefix(f"{made.name}.") for path in paths if path.suffix == ".pdf"})
-    written = [str(path) for path in (*paths, *write_index(reports)) if path.suffix not in (".pdf", ".png")]
-    screen.print(f"Written: {', '.join(written)}; figures {', '.join(figures)} beside them (PDF, PNG)", markup=False)
+    say_written(screen, made.name, [*paths, *write_index(reports)])
     return result, paths
 
 

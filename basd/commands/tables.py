@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basd.commands.common import console, is_sweep, run_sections, starting_command, teacher_note, teacher_progress
+from basd.commands.common import (
+    console,
+    is_sweep,
+    run_sections,
+    say_written,
+    starting_command,
+    teacher_progress,
+)
 from basd.commands.sweeps import plan_sweep, publish_sweep_run, sweep, sweep_report, swept_plan
 from basd.errors import UserError, without_passwords
 
@@ -58,7 +65,7 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> int:
         screen.print(f"Measuring a few steps of {count} configurations (--no-probe leaves this out).", markup=False)
         probe = measure(waiting)
     print_plan(screen, made, states, probe)
-    screen.print(f"{plan_summary(made, states, left)} Teacher: {teacher_note(made)}.", markup=False)
+    screen.print(f"{plan_summary(made, states, left)} Teacher: {made.teacher}.", markup=False)
     if probe is not None:
         print_prediction(screen, made, left, probe, options)
     return 0
@@ -103,27 +110,16 @@ def table_report(made: Plan, options: GridOptions, screen: Console, given: argpa
 
     uri = options.tracking_uri
     frame = analysis.load(made.name, tracking_uri=uri, setting=made.setting, rows=made.cells)
-    marks = made.row_marks
-    layout = analysis.Layout(
-        name=made.name,
-        title=made.name,
-        rows=tuple(
-            analysis.LayoutRow(row.name, row.label, row.section, marks[row.name], row.factors) for row in made.rows
-        ),
-        reference=made.reference,
-        metrics=tuple(analysis.metric(name) for name in made.metrics),
-        question=made.question,
-        seeds=made.seeds,
-        notes=made.notes,
-        marks=tuple(made.marks),
-        reported=tuple(analysis.Reported(one.label, one.source, one.values, one.section) for one in made.reported),
-        setting=made.setting,
-        teacher=teacher_note(made),
-        plan=made.hash,
-        wanted_delta=given.delta,
+    layout = analysis.layout_of(made, given.delta)
+    gallery = analysis.Gallery(
+        given.figures, made.figures, made.cells, uri, made.setting, Path(made.runtime["directory"])
     )
-    report = analysis.write_report(frame, layout, reports / made.setting, allow_mixed_code=given.allow_mixed_code)
-    for warning in report.warnings:
+    if given.figures != "table":
+        screen.print(f"Drawing {made.name}.", markup=False)
+    report = analysis.write_report(
+        frame, layout, reports / made.setting, allow_mixed_code=given.allow_mixed_code, draw=gallery.draw
+    )
+    for warning in (*report.warnings, *gallery.problems):
         screen.print(f"Note: {warning}", markup=False)
     screen.print(report.table.to_rich())
     for effects in report.factorial.to_rich() if report.factorial is not None else ():
@@ -131,11 +127,11 @@ def table_report(made: Plan, options: GridOptions, screen: Console, given: argpa
     where = f"mlflow ui --backend-store-uri {without_passwords(uri)}" if uri != "sqlite:///mlflow.db" else "mlflow ui"
     where = without_passwords(uri) if uri.startswith(("http:", "https:")) else where
     screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
-    written = [*report.paths, *analysis.write_index(reports)]
-    screen.print(f"Written: {', '.join(str(path) for path in written)}", markup=False)
+    say_written(screen, made.name, [*report.paths, *analysis.write_index(reports)])
 
 
 def report(given: argparse.Namespace, overrides: list[str]) -> int:
+    from analysis.planned import plan_path
     from basd.grid.options import GridOptions
     from basd.grid.plan import Plan
     from basd.grid.status import newest_plans
@@ -144,15 +140,17 @@ def report(given: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError("name one table, or write --all for every table that has a plan here.")
     setting, config = run_sections(overrides)
     screen = console(given.quiet)
-    paths = newest_plans(Path(config.runtime.directory), given.name, setting)
+    directory = Path(config.runtime.directory)
+    if given.name is not None:
+        if not newest_plans(directory, given.name, None):
+            raise UserError(f"nothing was planned here for {given.name}; run {starting_command(given.name)} first.")
+        paths = [plan_path(given.name, runs=directory, setting=setting)]
+    else:
+        paths = newest_plans(directory, None, setting)
     if not paths:
-        raise UserError(
-            f"nothing was planned here{f' for {given.name}' if given.name else ''}; run basd grid NAME first."
-        )
-    if given.name is not None and len(paths) > 1:
-        choices = ", ".join(path.parent.parent.name for path in paths)
-        raise UserError(f"several settings hold {given.name}; choose one with setting=… ({choices}).")
+        raise UserError("nothing was planned here; run basd grid NAME first.")
     said = {text.partition("=")[0] for text in overrides}
+    given.figures = given.figures or ("models" if given.all else "training")
     failed = 0
     for path in paths:
         setting, name = path.parent.parent.name, path.stem.rpartition("-")[0]

@@ -13,7 +13,7 @@ A file names its rows, or the factors that they are combined from, or both:
       - {name: kd, overrides: [method=kd]}  # stands beside the combinations
 
 `rows_of: NAME` takes over the rows of another file; this file's overrides come after theirs. `metric` is one final metric or a list.
-`marks`, `reported` and `notes` lay out the table: see `basd.grid.layout`.
+`marks`, `reported`, `notes` and `figures` lay out the table: see `basd.grid.layout`.
 
 A row with `factors` takes the place of that combination, under its own name. A row's overrides are the file's, then those of
 its levels, then its own; of two for one key the later counts.
@@ -33,7 +33,17 @@ import yaml
 import basd
 from basd.config import suggest
 from basd.errors import UserError
-from basd.grid.layout import OFF, ON, FileError, Reported, check_keys, read_marks, read_notes, read_reported
+from basd.grid.layout import (
+    OFF,
+    ON,
+    FileError,
+    Reported,
+    check_keys,
+    read_figures,
+    read_marks,
+    read_notes,
+    read_reported,
+)
 
 FINAL = ("test/top1", "test/top5", "test/nll", "test/ece", "val/top1")
 # of the last epoch, or of the arm
@@ -51,7 +61,7 @@ PROBES = (
 METRICS = (*FINAL, *COSTS, *PROBES)
 FILE_KEYS = (
     *("question", "reference", "metric", "seeds", "overrides", "factors", "section", "rows", "rows_of"),
-    *("marks", "reported", "notes"),
+    *("marks", "reported", "notes", "figures"),
 )
 ROW_KEYS = ("name", "label", "section", "factors", "overrides")
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -72,7 +82,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A file of experiments/. `factors`: names and levels, in the file's order; `marks`: settings by column title."""
+    """A file of experiments/. `factors`: names and levels, in the file's order; `marks`: settings by column title.
+
+    `figures`: the rows that get figures of their own.
+    """
 
     name: str
     question: str
@@ -84,6 +97,7 @@ class Ablation:
     marks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reported: tuple[Reported, ...] = ()
     notes: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
 
 
 def ablation_files() -> dict[str, Path]:
@@ -195,6 +209,7 @@ def _read(name: str, values: Any, may_take_over: bool) -> Ablation:
         marks=read_marks(values["marks"], levels) if "marks" in values else {},
         reported=read_reported(values["reported"], metrics) if "reported" in values else (),
         notes=read_notes(values["notes"]) if "notes" in values else (),
+        figures=read_figures(values.get("figures", [reference]), names),
     )
 
 

@@ -1,4 +1,4 @@
-"""What an ablation's file says of its table beside rows and metrics: marks, figures that others have reported, notes.
+"""What an ablation's file says of its table beside rows and metrics: marks, figures that others have reported, notes, figures.
 
     marks:                                  # a column each
       rsd: losses.rsd.enabled               # ✓ where it is on
@@ -10,6 +10,7 @@
         section: Reported for DeiT-Ti
         values: {test/top1: 74.5}           # as the source writes them; accuracies in percent
     notes: [The student was not tuned.]     # printed below the table
+    figures: [basd, ce]                     # rows that get figures of their own, or all; the reference without it
 
 `marks: factors` makes a column of every factor. Marks are read from each row's resolved configuration, not from what the file
 says of the row; a setting without effect in a row has no mark there.
@@ -144,6 +145,18 @@ def read_notes(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(note, str) and note.strip() for note in given):
         raise FileError("notes must be a list of sentences.")
     return tuple(given)
+
+
+def read_figures(given: Any, rows: Sequence[str]) -> tuple[str, ...]:
+    """The rows that get figures of their own."""
+    if given == "all":
+        return tuple(rows)
+    if not isinstance(given, list):
+        raise FileError("figures must be a list of rows, such as [basd, ce], or all.")
+    for row in given:
+        if row not in rows:
+            raise FileError(f"figures: {row} is not a row{suggest(str(row), rows)}")
+    return tuple(dict.fromkeys(given))
 
 
 # -- marks of configurations -------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from basd.grid.ablations import load_ablation, merge_overrides
 from basd.grid.layout import Reported, marks_of, shown_value
 from basd.grid.options import as_folder
 from basd.models.taps import attention_of
+from basd.models.teacher import teacher_title
 from basd.training.device import check_device
 from basd.training.recipe import parse_duration
 from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher
@@ -78,6 +79,8 @@ class Plan:
     marks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reported: tuple[Reported, ...] = ()
     notes: tuple[str, ...] = ()
+    # the rows that get figures of their own
+    figures: tuple[str, ...] = ()
     # of a sweep: its study, its pruner and the trials under way (basd.grid.search)
     sweep: dict[str, Any] | None = None
 
@@ -133,6 +136,7 @@ class Plan:
         given["marks"] = {title: tuple(settings) for title, settings in given.get("marks", {}).items()}
         given["reported"] = tuple(Reported(**figures) for figures in given.get("reported", ()))
         given["notes"] = tuple(given.get("notes", ()))
+        given["figures"] = tuple(given.get("figures", [given["reference"]]))
         keys = {key for cell in given["cells"].values() for key in cell.values()}
         if keys - set(given["arms"]) or any(key != arm.arm_key for key, arm in given["arms"].items()):
             raise ValueError("cells and arms differ")
@@ -151,6 +155,12 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """Configuration of the first arm: its runtime, tracking and ledger sections are those of the plan."""
         return next(iter(self.arms.values())).config
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name, with its test accuracy where it is known."""
+        name = teacher_title(self.config["teacher"])
+        return f"{name}, {100 * self.teacher_top1:.1f} % test top-1" if self.teacher_top1 is not None else name
 
     @property
     def path(self) -> Path:
@@ -439,4 +449,5 @@ def make_plan(
         marks=ablation.marks,
         reported=ablation.reported,
         notes=ablation.notes,
+        figures=tuple(row for row in ablation.figures if row in cells),
     )

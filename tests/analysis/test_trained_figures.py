@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from analysis import history_figures, model_figures
 from analysis.style import save, style
 from analysis.trained import (
+    Distances,
     Layers,
     TrainedArm,
     amplitude_spectra,
@@ -129,7 +130,7 @@ def drawn(figure: Any, folder: Path) -> list[str]:
     ("make", "said"),
     [
         (lambda arm: model_figures.attention_maps(arm, image=1), ["student, block 3 of 3", "teacher, block 4 of 4", "rollout", "head 3"]),
-        (lambda arm: model_figures.attention_distance([arm]), ["attention distance (image sides)", "basd without attn", "teacher"]),
+        (lambda arm: model_figures.attention_distance([Distances.of(arm)]), ["attention distance (image sides)", "basd without attn", "teacher"]),
         (lambda arm: model_figures.spectra(arm), ["student, block 3 of 3", "teacher, block 4 of 4"]),
         (lambda arm: model_figures.radial_spectra(arm), ["student, 3 blocks", "teacher, 4 blocks", "depth"]),
         (lambda arm: model_figures.similarity(arm), ["teacher's block", "student's block", "CKA, 6 images"]),
