@@ -42,7 +42,8 @@ class GridOptions:
     cohort_size: int = 16
     threads: int = 1
     device: str = "auto"
-    ledger_timeout: float = 30.0  # seconds to wait for a locked ledger
+    # seconds to wait for a locked ledger: eight processes that start at once on a busy machine took longer than 30
+    ledger_timeout: float = 180.0
     trainer: str = TRAINER  # module:function; tests put a quick one here
 
     @classmethod

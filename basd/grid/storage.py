@@ -126,6 +126,9 @@ class Database:
     def storage(self) -> RDBStorage:
         """The storage, opened (and its tables created, by one process at a time) on first use."""
         if self._storage is None:
+            # Optuna imports it within: seconds of a busy machine, for which others need not wait
+            import alembic.command  # noqa: F401
+
             with self.errors(), self.exclusive():
                 self._storage = self._open()
         return self._storage

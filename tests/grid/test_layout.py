@@ -146,6 +146,14 @@ def test_figures_are_kept_as_the_source_writes_them(load) -> None:
     )
 
 
+def test_figures_of_rows_are_the_reference_s_unless_the_file_names_others(load) -> None:
+    rows = "rows: [{name: a, overrides: []}, {name: b, overrides: [method=ce]}]\n"
+    assert load(HEAD + rows).figures == ("a",)
+    assert load(HEAD + rows + "figures: all\n").figures == ("a", "b")
+    assert load(HEAD + rows + "figures: [b]\n").figures == ("b",)
+    assert load(HEAD + rows + "figures: []\n").figures == ()
+
+
 def test_percent_here_is_percent_in_tables() -> None:
     for name in FINAL:
         assert metric(name).percent == (name.rpartition("/")[2] in SHARES)
@@ -180,6 +188,8 @@ def figures(text: str) -> str:
         (HEAD + ROW + "factors: {u: {a: [x=1], b: []}}\nmarks: factors\n", "u, whose levels do not choose one setting"),
         (HEAD + ROW + "notes: x\n", "notes must be a list of sentences"),
         (HEAD + ROW + "notes: [1]\n", "notes must be a list of sentences"),
+        (HEAD + ROW + "figures: a\n", "figures must be a list of rows"),
+        (HEAD + ROW + "figures: [b]\n", "figures: b is not a row"),
         (HEAD + ROW + "reported: x\n", "reported must be a list"),
         (figures("x"), "'x' needs label, source and values"),
         (figures("{label: A, values: {test/top1: 7}}"), "'A' needs label, source and values"),
