@@ -245,6 +245,12 @@ def setting_name(overrides: Sequence[str]) -> str:
     return f"{name}-{digest(changed)[:6]}" if changed else name
 
 
+def setting_words(overrides: Sequence[str]) -> list[str]:
+    """The overrides that speak of data, teacher, student or recipe."""
+    keys = overridden_keys(overrides)
+    return [text for text, key in zip(overrides, keys, strict=True) if key.split(".")[0] in SETTING_GROUPS]
+
+
 def _compared(config: Config) -> dict[str, Any]:
     """A configuration without where its data lies."""
     return {**config.to_dict(), "data": semantic(config.data)}

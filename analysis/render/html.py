@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from html import unescape
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from analysis.escape import escape_html
 
@@ -65,6 +68,19 @@ def page(title: str, body: Iterable[str]) -> str:
             "",
         ]
     )
+
+
+def standalone(text: str, folder: Path) -> str:
+    """A page that shows its figures wherever it lies: pictures from `folder` are put inside, links to files are taken off."""
+
+    def inside(found: re.Match[str]) -> str:
+        path = folder / unquote(unescape(found[1]))
+        if not path.is_file():
+            return found[0]
+        return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
+
+    text = re.sub(r'<a href="(?!https?:)[^"]*">(.*?)</a>', r"\1", text)
+    return re.sub(r'src="([^":]+\.png)"', inside, text)
 
 
 def link(target: str, text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basd.commands.common import console, is_sweep, run_sections, starting_command, teacher_note, teacher_progress
+from basd.commands.published import publish_table_run
 from basd.commands.sweeps import plan_sweep, publish_sweep_run, sweep, sweep_report, swept_plan
 from basd.errors import UserError, without_passwords
 
@@ -133,6 +134,7 @@ def table_report(made: Plan, options: GridOptions, screen: Console, given: argpa
     screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
     written = [*report.paths, *analysis.write_index(reports)]
     screen.print(f"Written: {', '.join(str(path) for path in written)}", markup=False)
+    publish_table_run(made, options, screen, reports / made.setting)
 
 
 def report(given: argparse.Namespace, overrides: list[str]) -> int:
@@ -270,9 +272,11 @@ def sync(given: argparse.Namespace, overrides: list[str]) -> int:
     swept = is_sweep(given.name)
     made, options = (swept_plan if swept else planned)(given, overrides, screen)
     outcome = run_sync(made, options)
+    reports = Path(made.runtime["reports"]) / made.setting
     if swept and outcome.mirrored:
-        reports = Path(made.runtime["reports"]) / made.setting
         publish_sweep_run(made, options, screen, None, sorted(reports.glob(f"{made.name}.*")))
+    elif outcome.mirrored:
+        publish_table_run(made, options, screen, reports)
     screen.print(
         "MLflow has everything." if outcome.mirrored else f"MLflow still lacks something: {outcome.mirror_problem}",
         markup=False,
