@@ -48,9 +48,9 @@ def publish_table_run(made: Plan, options: GridOptions, screen: Console, folder:
 
 
 def _description(page: Path) -> str:
-    """The report's Markdown without its pictures, which a description cannot show."""
+    """The report's Markdown without its title, which the run's name is, and its pictures, which a description cannot show."""
     lines = page.read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith("!["))
+    return "\n".join(line for line in lines if not line.startswith(("# ", "![")))
 
 
 def _files(name: str, folder: Path) -> dict[str, bytes]:

@@ -279,7 +279,7 @@ def freeze(composed: Composed, setting: str, resources: Resources, words: Sequen
         cohort_key=keys.cohort,
         seed=config.seed,
         setting=setting,
-        name=difference_from_preset(composed),
+        name=difference_from_preset(composed, words),
         config=config.to_dict(),
         params=parameters(composed),
         version=code_version(),

@@ -11,7 +11,8 @@ from basd.errors import without_passwords
 
 NOTE = "mlflow.note.content"
 # Digest of the description that was written here last, by which one that a person has changed is known.
-NOTED = "basd.note"
+# Like everything of MLflow's own, its pages do not list it among the tags.
+NOTED = "mlflow.basd.note"
 LONGEST = 5000
 ABLATION = "basd.ablation."
 
@@ -45,20 +46,23 @@ def experiment_note(spec: Mapping[str, Any]) -> str:
         "data": _data(spec, config.get("data", {})),
         "teacher": _fingerprint("weights", spec.get("teacher_fingerprint")),
         "student": _named(
-            config.get("student", {}), width="width", depth="blocks", heads="heads", patch_size="px patches"
+            config.get("student", {}), width="wide", depth="blocks", heads="heads", patch_size="px patches"
         ),
         "recipe": _named(config.get("recipe", {}), duration="", batch_size="images a batch", lr="learning rate"),
     }
     lines = [f"- {group.capitalize()}: `{choice}`{facts[group]}" for group, choice in chosen.items()]
     words = [str(word) for word in spec.get("setting_words", [])]
-    command = " ".join(["basd grid NAME", *map(shlex.quote, words)])
+    changed = [word for word in words if "." in word.partition("=")[0] and not word.startswith("data.root=")]
+    command = shlex.join(["basd", "grid", "NAME", *words])
     if len(setting.split("-")) > len(chosen) and not words:
         command = (
             f"{command} …` with the settings that `config.yaml` of a run names, `basd report NAME setting={setting}"
         )
     return "\n".join(
         [
-            "Students distilled under one setting:",
+            # MLflow shows the first line alone until the reader opens the rest
+            f"Students distilled under one setting: {', '.join(f'{group} `{choice}`' for group, choice in chosen.items())}"
+            f"{', changed: `' + shlex.join(changed) + '`' if changed else ''}.",
             "",
             *lines,
             "",

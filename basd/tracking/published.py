@@ -15,7 +15,7 @@ from basd.tracking.notes import shortened
 from basd.tracking.runs import open_runs
 
 TABLE = "basd.table"
-FILES = "basd.files"  # digest of the files that the run has
+FILES = "mlflow.basd.files"  # digest of the files that the run has; MLflow's pages do not list it
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
