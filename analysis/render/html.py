@@ -72,6 +72,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 def standalone(text: str, folder: Path) -> str:
     """A page that shows its figures wherever it lies: pictures from `folder` are put inside, links to files are taken off."""
+    text = text.replace(_TO_INDEX, "")
 
     def inside(found: re.Match[str]) -> str:
         path = folder / unquote(unescape(found[1]))
@@ -118,9 +119,12 @@ def notes_list(notes: Iterable[str]) -> list[str]:
     return ["<h2>Notes</h2>", '<ul class="notes">', *(f"<li>{escape_html(note)}</li>" for note in notes), "</ul>"]
 
 
+_TO_INDEX = f'<p class="about">{link("../index.html", "All tables")}</p>'
+
+
 def head(title: str) -> list[str]:
     """The beginning of a page that lies one folder below the index."""
-    return [f'<p class="about">{link("../index.html", "All tables")}</p>', f"<h1>{escape_html(title)}</h1>"]
+    return [_TO_INDEX, f"<h1>{escape_html(title)}</h1>"]
 
 
 def table_page(table: Table, figures: Sequence[str] = ()) -> str:
