@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # MLflow's limit of metrics in one request
 SUPERSEDED = "basd.superseded"
-# Which of its views MLflow opens an experiment in; by itself it takes one for language models.
-KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 # Characters of a run's name in MLflow's database; of a longer one the middle is left out, the seed stands at its end.
 LONGEST_NAME = 250
 
@@ -223,11 +221,9 @@ class Store:
         self.tag(str(run.info.run_id), noted(run.data.tags, text))
 
     def describe_experiment(self, text: str) -> None:
-        """Set the description of the experiment where it has none, and that it is about training."""
-        has = self.client.get_experiment(self.experiment).tags
-        for key, value in {NOTE: noted({}, text)[NOTE], KIND: TRAINING}.items():
-            if key not in has:
-                self.client.set_experiment_tag(self.experiment, key, value)
+        """Set the description of the experiment where it has none."""
+        if NOTE not in self.client.get_experiment(self.experiment).tags:
+            self.client.set_experiment_tag(self.experiment, NOTE, noted({}, text)[NOTE])
 
     def log_datasets(self, run_id: str, datasets: list[DatasetInput]) -> None:
         """Say which data a run used, once."""

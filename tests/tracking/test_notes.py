@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,20 +44,18 @@ def uri(store: Path, tmp_path: Path) -> str:
 @pytest.fixture
 def server(store: Path, tmp_path: Path) -> Iterator[str]:
     """An MLflow server on an empty store."""
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     database = f"sqlite:///{shutil.copy(store, tmp_path / 'server.db')}"
     options = ["--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"]
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--port", str(port), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     address, limit = f"http://127.0.0.1:{port}", time.monotonic() + 120
     while http_problem(address) and time.monotonic() < limit:
         time.sleep(0.2)
     yield address
-    process.terminate()
+    os.killpg(process.pid, signal.SIGKILL)  # its workers too
     process.wait(30)
 
 
@@ -278,6 +279,7 @@ def test_readers_of_arms_pass_over_it(uri: str, tmp_path: Path) -> None:
     assert Store(uri, SETTING).parent("c" * 16, "basd", {}, {}, 0) == found(uri)[2].info.run_id
 
 
+@pytest.mark.slow
 def test_a_server_takes_all_of_it(server: str, tmp_path: Path) -> None:
     mirrored(server, arm(tmp_path), expected=1)
     _, experiment, parent, (run,) = found(server)
