@@ -245,15 +245,26 @@ def setting_name(overrides: Sequence[str]) -> str:
     return f"{name}-{digest(changed)[:6]}" if changed else name
 
 
+def setting_words(overrides: Sequence[str]) -> list[str]:
+    """The overrides that speak of data, teacher, student or recipe."""
+    keys = overridden_keys(overrides)
+    return [text for text, key in zip(overrides, keys, strict=True) if key.split(".")[0] in SETTING_GROUPS]
+
+
 def _compared(config: Config) -> dict[str, Any]:
     """A configuration without where its data lies."""
     return {**config.to_dict(), "data": semantic(config.data)}
 
 
-def difference_from_preset(composed: Composed) -> str:
-    """The preset's name and what differs from it, in the words of the command line."""
+def difference_from_preset(composed: Composed, words: Sequence[str] = ()) -> str:
+    """The preset's name and what differs from it, in the words of the command line; `words`: those that every run shares."""
     groups = [f"{group}={composed.choices[group]}" for group in (*SETTING_GROUPS, "method")]
-    return " ".join([composed.config.method, *differences(compose(groups, combinations=False).config, composed.config)])
+    shared = [text for text in words if "." in text.partition("=")[0]]
+    try:
+        base = compose([*groups, *shared], combinations=False)
+    except UserError:  # settings of a group that this configuration has exchanged
+        base = compose(groups, combinations=False)
+    return " ".join([composed.config.method, *differences(base.config, composed.config)])
 
 
 def differences(base: Config, config: Config) -> list[str]:

@@ -503,6 +503,9 @@ class FrozenArm:
     teacher_fingerprint: str
     data_fingerprint: str
     total_steps: int
+    # what only people read: images of train, validation and test, and classes; words of the command line that made the setting
+    data_sizes: dict[str, int] = field(default_factory=dict)
+    setting_words: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

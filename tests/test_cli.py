@@ -93,8 +93,13 @@ def test_mlflow_holds_parents_and_nested_arms_by_the_names_of_the_design(grid) -
     (experiment,) = [e for e in client.search_experiments() if e.name.startswith("digits-")]
     runs = client.search_runs([experiment.experiment_id])
     arms = [run for run in runs if "basd.arm_key" in run.data.tags]
-    parents = [run for run in runs if "basd.arm_key" not in run.data.tags]
+    (table,) = [run for run in runs if "basd.table" in run.data.tags]
+    parents = [run for run in runs if run not in arms and run is not table]
     assert (len(arms), len(parents)) == (9, 3)
+    assert table.info.run_name == "table: leave_one_out" and "| BASD" in table.data.tags["mlflow.note.content"]
+    files = {file.path for file in client.list_artifacts(table.info.run_id, "report")}
+    assert {f"report/leave_one_out.{end}" for end in ("md", "tex", "csv", "html", "forest.png", "forest.pdf")} <= files
+    assert all(len(run.inputs.dataset_inputs) == 3 for run in (*arms, *parents))
     assert {run.info.status for run in runs} == {"FINISHED"}
     by_id = {run.info.run_id: run for run in parents}
     for arm in arms:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from html import unescape
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from analysis.escape import escape_html
 
@@ -67,6 +70,20 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
+def standalone(text: str, folder: Path) -> str:
+    """A page that shows its figures wherever it lies: pictures from `folder` are put inside, links to files are taken off."""
+    text = text.replace(_TO_INDEX, "")
+
+    def inside(found: re.Match[str]) -> str:
+        path = folder / unquote(unescape(found[1]))
+        if not path.is_file():
+            return found[0]
+        return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
+
+    text = re.sub(r'<a href="(?!https?:)[^"]*">(.*?)</a>', r"\1", text)
+    return re.sub(r'src="([^":]+\.png)"', inside, text)
+
+
 def link(target: str, text: str) -> str:
     """A link to a file, by its path from the page."""
     return f'<a href="{escape_html(quote(target))}">{escape_html(text)}</a>'
@@ -102,9 +119,12 @@ def notes_list(notes: Iterable[str]) -> list[str]:
     return ["<h2>Notes</h2>", '<ul class="notes">', *(f"<li>{escape_html(note)}</li>" for note in notes), "</ul>"]
 
 
+_TO_INDEX = f'<p class="about">{link("../index.html", "All tables")}</p>'
+
+
 def head(title: str) -> list[str]:
     """The beginning of a page that lies one folder below the index."""
-    return [f'<p class="about">{link("../index.html", "All tables")}</p>', f"<h1>{escape_html(title)}</h1>"]
+    return [_TO_INDEX, f"<h1>{escape_html(title)}</h1>"]
 
 
 def table_page(table: Table, figures: Sequence[str] = ()) -> str:

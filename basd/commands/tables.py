@@ -18,6 +18,7 @@ from basd.commands.common import (
     starting_command,
     teacher_progress,
 )
+from basd.commands.published import publish_table_run
 from basd.commands.sweeps import plan_sweep, publish_sweep_run, sweep, sweep_report, swept_plan
 from basd.errors import UserError, without_passwords
 
@@ -128,6 +129,7 @@ def table_report(made: Plan, options: GridOptions, screen: Console, given: argpa
     where = without_passwords(uri) if uri.startswith(("http:", "https:")) else where
     screen.print(f"Runs: {where} (experiment {made.setting})", markup=False)
     say_written(screen, made.name, [*report.paths, *analysis.write_index(reports)])
+    publish_table_run(made, options, screen, reports / made.setting)
 
 
 def report(given: argparse.Namespace, overrides: list[str]) -> int:
@@ -268,9 +270,11 @@ def sync(given: argparse.Namespace, overrides: list[str]) -> int:
     swept = is_sweep(given.name)
     made, options = (swept_plan if swept else planned)(given, overrides, screen)
     outcome = run_sync(made, options)
+    reports = Path(made.runtime["reports"]) / made.setting
     if swept and outcome.mirrored:
-        reports = Path(made.runtime["reports"]) / made.setting
         publish_sweep_run(made, options, screen, None, sorted(reports.glob(f"{made.name}.*")))
+    elif outcome.mirrored:
+        publish_table_run(made, options, screen, reports)
     screen.print(
         "MLflow has everything." if outcome.mirrored else f"MLflow still lacks something: {outcome.mirror_problem}",
         markup=False,

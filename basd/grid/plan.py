@@ -14,7 +14,7 @@ import yaml
 
 from basd.combinations import teacher_errors
 from basd.components.losses import LossesConfig
-from basd.compose import Composed, compose, difference_from_preset, overridden_keys, setting_name
+from basd.compose import Composed, compose, difference_from_preset, overridden_keys, setting_name, setting_words
 from basd.config import (
     GROUPS,
     Config,
@@ -232,7 +232,11 @@ class Resources:
 
     teacher: PreparedTeacher
     data_fingerprint: str
-    train_size: int
+    data_sizes: dict[str, int]  # images of train, validation and test, and classes
+
+    @property
+    def train_size(self) -> int:
+        return self.data_sizes["train"]
 
 
 def prepare(config: Config, progress: Callable[[int, int], None] | None = None) -> Resources:
@@ -241,7 +245,8 @@ def prepare(config: Config, progress: Callable[[int, int], None] | None = None) 
     teacher = prepare_teacher(config.teacher, config.data, splits, progress, config.demands.logits)
     if config.demands.logits:
         prepare_head(teacher, config.teacher, config.data, splits, progress)
-    return Resources(teacher, fingerprint(splits), len(splits.train))
+    sizes = {name: len(split) for name, split in splits._asdict().items()}
+    return Resources(teacher, fingerprint(splits), {**sizes, "classes": splits.train.classes})
 
 
 class Preparer:
@@ -258,8 +263,8 @@ class Preparer:
         return self._known[key]
 
 
-def freeze(composed: Composed, setting: str, resources: Resources) -> FrozenArm:
-    """The arm of a configuration: keys, name, parameters for the tracker."""
+def freeze(composed: Composed, setting: str, resources: Resources, words: Sequence[str] = ()) -> FrozenArm:
+    """The arm of a configuration: keys, name, parameters for the tracker. `words`: of the command line that made the setting."""
     config = composed.config
     steps_per_epoch = resources.train_size // config.recipe.batch_size
     if steps_per_epoch < 1:
@@ -284,13 +289,15 @@ def freeze(composed: Composed, setting: str, resources: Resources) -> FrozenArm:
         cohort_key=keys.cohort,
         seed=config.seed,
         setting=setting,
-        name=difference_from_preset(composed),
+        name=difference_from_preset(composed, words),
         config=config.to_dict(),
         params=parameters(composed),
         version=code_version(),
         teacher_fingerprint=resources.teacher.fingerprint,
         data_fingerprint=resources.data_fingerprint,
         total_steps=total_steps,
+        data_sizes=resources.data_sizes,
+        setting_words=list(words),
     )
 
 
@@ -386,7 +393,7 @@ def make_plan(
         raise UserError(
             f"the reference row {ablation.reference} must be among rows=[…]; the others are compared with it."
         )
-    setting = setting_name(base)
+    setting, words = setting_name(base), setting_words(base)
     composed: dict[tuple[str, int], Composed] = {}
     notices: list[str] = []
     problems: list[str] = []
@@ -424,7 +431,8 @@ def make_plan(
             notices.append(f"row {row.name} has a teacher of its own, {own.accuracy}")
         for seed in seeds:
             try:
-                arm = freeze(composed[row.name, seed], setting, preparer(composed[row.name, seed].config))
+                resources = preparer(composed[row.name, seed].config)
+                arm = freeze(composed[row.name, seed], setting, resources, words)
             except UserError as error:
                 raise UserError(f"row {row.name}: {error}") from error
             # the first row that needs an arm gives it its name

@@ -135,7 +135,7 @@ class Search:
         arms = {}
         for seed in self.sweep.seeds:
             one = replace(composed, config=replace(composed.config, seed=seed))
-            arms[seed] = freeze(one, self.sweep.setting, resources)
+            arms[seed] = freeze(one, self.sweep.setting, resources, self.sweep.setting_words)
         return arms
 
     # Telling

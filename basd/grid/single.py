@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from basd.compose import Composed, compose, overridden_keys, setting_name
+from basd.compose import Composed, compose, overridden_keys, setting_name, setting_words
 from basd.config import FrozenArm, remarks, without_effect
 from basd.errors import DISK_FULL, UserError
 from basd.grid.display import Display, duration
@@ -33,7 +33,7 @@ def frozen_arm(
     setting = setting_name(overrides)
     check_device(composed.config)
     notices = [*without_effect(composed.config, overridden_keys(overrides)), *remarks(composed.config)]
-    return freeze(composed, setting, prepare(composed.config, teacher_progress)), notices
+    return freeze(composed, setting, prepare(composed.config, teacher_progress), setting_words(overrides)), notices
 
 
 def train_one(

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from hydra.core.override_parser.types import IntervalSweep
 
-from basd.compose import compose, setting_name
+from basd.compose import compose, setting_name, setting_words
 from basd.config import NOT_SEMANTIC, Config, build, digest, join_problems, suggest
 from basd.errors import UserError
 from basd.grid.ablations import ablation_files, merge_overrides, named_files, read_yaml
@@ -168,6 +168,8 @@ class Sweep:
     first: tuple[str, ...]
     # that configuration, or where it is none, the one of the space's first values: where and how the sweep runs
     config: Config
+    # overrides of the command line that made the setting
+    setting_words: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
@@ -298,6 +300,7 @@ def _read(name: str, values: Any, overrides: Sequence[str]) -> Sweep:
         distributions=distributions,
         first=first,
         config=composed,
+        setting_words=tuple(setting_words(base)),
     )
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from basd.errors import UserError, without_passwords
+from basd.tracking.datasets import datasets_of
 from basd.tracking.files import FileLock, file_lock, read_json, write_json
 from basd.tracking.journal import NAME as JOURNAL
 from basd.tracking.journal import Event, read_events
 from basd.tracking.mlflow_store import BATCH, SUPERSEDED, Store, check_tracking, fingerprint, sqlite_path
+from basd.tracking.notes import arm_note, experiment_note, noted
 
 __all__ = ["Mirror", "check_tracking", "is_mirrored"]
 
@@ -309,8 +311,10 @@ class Mirror:
                 if run.info.status == "RUNNING":
                     store.close(run.info.run_id, "KILLED", start)
                 run = None
+            note = arm_note(str(spec["name"]), spec["seed"], arm.directory.name if arm.run_tag else key)
             if run is None:
                 own = {
+                    **noted({}, note),
                     **tags,
                     "basd.arm_key": key,
                     "basd.seed": str(spec["seed"]),
@@ -321,6 +325,10 @@ class Mirror:
                 run_id = store.create_arm(arm.parent, name, own, params, start)
             else:
                 run_id = str(run.info.run_id)
+                store.describe(run, note)
+            store.describe_experiment(experiment_note(spec))
+            for one in (arm.parent, run_id):
+                store.log_datasets(one, datasets_of(spec))
         if run_id != arm.run_id:  # mirror.json was about another run, or there was none
             arm.run_id, arm.tags, arm.config_sent, arm.status = run_id, {}, False, ""
         arm.position, arm.events = 0, 0  # read the journal from its start; `last` says what to leave out

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from basd.errors import UserError, without_passwords
 from basd.tracking.files import file_lock
+from basd.tracking.notes import LONGEST, NOTE, configuration_note, noted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 BATCH = 1000  # MLflow's limit of metrics in one request
 SUPERSEDED = "basd.superseded"
@@ -188,7 +189,8 @@ class Store:
         found = [r for r in self.runs(basd__configuration_key=configuration) if "basd.arm_key" not in r.data.tags]
         if found:
             return str(found[0].info.run_id)
-        return self.create(name, {**tags, "basd.configuration_key": configuration}, params, start)
+        note = noted({}, configuration_note(name, {}))
+        return self.create(name, {**tags, **note, "basd.configuration_key": configuration}, params, start)
 
     def arm(self, key: str, run_tag: str) -> Run | None:
         """The run of an arm, unless it was superseded."""
@@ -214,6 +216,21 @@ class Store:
             self.client.log_batch(run_id, params=items[i : i + 100])
         return run_id
 
+    def describe(self, run: Run, text: str) -> None:
+        """Set the description of a run, unless a person has written one."""
+        self.tag(str(run.info.run_id), noted(run.data.tags, text))
+
+    def describe_experiment(self, text: str) -> None:
+        """Set the description of the experiment where it has none."""
+        if NOTE not in self.client.get_experiment(self.experiment).tags:
+            self.client.set_experiment_tag(self.experiment, NOTE, noted({}, text)[NOTE])
+
+    def log_datasets(self, run_id: str, datasets: list[DatasetInput]) -> None:
+        """Say which data a run used, once."""
+        had = self.client.get_run(run_id).inputs if datasets else None
+        if datasets and not (had and had.dataset_inputs):
+            self.client.log_inputs(run_id, datasets)
+
     def last_steps(self, run_id: str) -> dict[str, int]:
         """The last step the server has of each metric of a run."""
         metrics: list[Any] = self.client.get_run(run_id).data._metric_objs
@@ -235,7 +252,7 @@ class Store:
         from mlflow.entities import RunTag
 
         if tags:
-            self.client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items()])
+            self.client.log_batch(run_id, tags=[RunTag(key, value[:LONGEST]) for key, value in tags.items()])
 
     def close_orphans(self, ended: Mapping[str, str]) -> list[str]:
         """Close the runs of arms that are RUNNING though nobody trains them: arm key -> FAILED or KILLED. Returns their keys.
@@ -282,6 +299,8 @@ class Store:
         done = [r for r in arms if r.info.status == "FINISHED"]
         ended = max((int(r.info.end_time or 0) for r in arms), default=0)
         run = self.client.get_run(parent)
+        seeds = [r.data.tags.get("basd.seed", "") for r in done]
+        self.describe(run, configuration_note(run.info.run_name, run.data.tags, seeds))
         if done:
             known = {m.key: (m.value, m.step) for m in run.data._metric_objs}
             rows = [(k, v, ended, len(done)) for k, v in _summary(done).items() if known.get(k) != (v, len(done))]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from basd.tracking.files import file_lock
 from basd.tracking.mlflow_store import Store
+from basd.tracking.published import publish_run
 
 STUDY = "basd.sweep_study"
 PARENT = "mlflow.parentRunId"
@@ -36,13 +37,15 @@ def publish_sweep(
     now = time.time_ns() // 1_000_000
     with file_lock(lock):
         store = Store(uri, setting)
-        found = store.runs(**{STUDY.replace(".", "__"): study})
-        if found:
-            run_id = str(found[0].info.run_id)
-        else:
-            tags = {"basd.sweep": name, STUDY: study}
-            run_id = store.create(f"sweep {name}", tags, params, now)
-        store.tag(run_id, {"mlflow.note.content": description})
+        run_id = publish_run(
+            store,
+            (STUDY, study),
+            name=f"sweep {name}",
+            description=description,
+            tags={"basd.sweep": name},
+            params=params,
+            files={(f"figures/{f.name}" if f.suffix in (".png", ".pdf") else f.name): f.read_bytes() for f in files},
+        )
         for metric, values in points.items():
             known = {point.step for point in store.client.get_metric_history(run_id, metric)}
             store.log_all(run_id, [(metric, value, now, step) for step, value in values.items() if step not in known])
@@ -50,8 +53,6 @@ def publish_sweep(
             for run in store.runs(basd__configuration_key=key):
                 if "basd.arm_key" not in run.data.tags and PARENT not in run.data.tags:
                     store.tag(str(run.info.run_id), {PARENT: run_id})
-        for file in files:
-            store.upload(run_id, file, "figures" if file.suffix in (".png", ".pdf") else None)
         if finished:
             store.close(run_id, "FINISHED", now)
         return run_id
