@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from basd.grid.plan import Preparer, freeze
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_are_no_garbage() -> None:
+    """The million objects of the imported modules stay: without this every collection looks at each of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
