@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from basd import distributed
 from basd.components.comparison import TwoViews
 from basd.compose import compose
-from basd.config import Config, FrozenArm
+from basd.config import Config, FrozenArm, from_dict
 from basd.data.mixing import Mix, soft_labels
 from basd.models.teacher import Teacher, build_digits_vit
 from basd.training.arm import TrainingArm
@@ -50,11 +51,26 @@ def perturb(module: nn.Module, amount: float) -> None:
             parameter.add_(amount * torch.randn_like(parameter))
 
 
+def write_configs(folder: Path) -> None:
+    """The configurations of all cases, which Hydra takes longer to compose than the cases take to compute."""
+
+    def composed(name: str) -> Config:
+        # 8 pooled images have 28 pairs
+        few = ["losses.rel.num_pairs=20"] if "vertices=pooled" in name else []
+        return compose([*TINY, *PLAIN, *overrides_of(name), *few]).config
+
+    (folder / "configs.json").write_text(json.dumps({name: composed(name).to_dict() for name in CASES}))
+
+
+@lru_cache(maxsize=1)
+def configs() -> dict[str, Config]:
+    written = json.loads((Path(sys.argv[3]) / "configs.json").read_text())
+    return {name: from_dict(values) for name, values in written.items()}
+
+
 def one_case(name: str) -> Found:
     """Gradients of every parameter, averaged over processes, and all scalars for the log, after two steps of a toggle."""
-    # 8 pooled images have 28 pairs
-    few = ["losses.rel.num_pairs=20"] if "vertices=pooled" in name else []
-    config = compose([*TINY, *PLAIN, *overrides_of(name), *few]).config
+    config = configs()[name]
     torch.manual_seed(0)
     model = build_digits_vit(config.teacher, CLASSES)
     perturb(model, 0.1)

@@ -1,4 +1,4 @@
-"""The `basd` command as a user meets it: real processes, a real ledger, a real MLflow database."""
+"""The `basd` command as a user meets it: a real ledger, a real MLflow database, and real processes where it trains."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from command import basd_here
 from tiny import TINY
 
 from basd.cli import main
@@ -151,18 +152,18 @@ def test_the_mirror_holds_every_point_of_the_journal_once(grid) -> None:
 def test_a_second_call_trains_nothing_and_prints_the_same(grid, cache: Path) -> None:
     folder, first = grid
     before = {path: path.read_bytes() for path in folder.glob("reports/**/*") if path.is_file()}
-    again = basd("grid", *TABLE, cwd=folder, cache=cache)
-    assert again.returncode == 0
-    assert "Nothing to train" in again.stdout
-    assert table_of(again.stdout) == table_of(first.stdout)
+    status, said = basd_here("grid", *TABLE, cwd=folder, cache=cache)
+    assert status == 0
+    assert "Nothing to train" in said
+    assert table_of(said) == table_of(first.stdout)
     assert {path: path.read_bytes() for path in before} == before
-    report = basd("report", "leave_one_out", cwd=folder, cache=cache)
-    assert table_of(report.stdout) == table_of(first.stdout)
+    _, said = basd_here("report", "leave_one_out", cwd=folder, cache=cache)
+    assert table_of(said) == table_of(first.stdout)
     assert {path: path.read_bytes() for path in folder.glob("reports/**/*") if path.is_file()} == before
-    status = basd("status", cwd=folder, cache=cache)
-    assert "9 of 9 arms done" in status.stdout
-    planned = basd("plan", *TABLE, cwd=folder, cache=cache)
-    assert "9 arms, 9 done" in planned.stdout
+    _, said = basd_here("status", cwd=folder, cache=cache)
+    assert "9 of 9 arms done" in said
+    _, said = basd_here("plan", *TABLE, cwd=folder, cache=cache)
+    assert "9 arms, 9 done" in said
 
 
 def test_report_all_lists_what_could_not_be_written(
@@ -224,9 +225,9 @@ def test_a_table_of_older_code_is_told_and_trained_again_on_demand(
 
 def test_train_knows_an_arm_that_a_grid_has_finished(grid, cache: Path) -> None:
     folder, _ = grid
-    done = basd("train", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1", cwd=folder, cache=cache)
-    assert done.returncode == 0
-    assert "Finished before: val/top1" in done.stdout
+    status, said = basd_here("train", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1", cwd=folder, cache=cache)
+    assert status == 0
+    assert "Finished before: val/top1" in said
 
 
 FACTORIAL = """
@@ -244,9 +245,10 @@ def test_a_factorial_of_trained_arms_is_reported_by_its_factors(grid, cache: Pat
     shutil.copytree(grid[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.yaml").write_text(FACTORIAL)
-    done = basd("grid", "mine", *TINY, "recipe.duration=2 epochs", "--delta", "0.5", cwd=tmp_path, cache=cache)
-    assert done.returncode == 0 and "Nothing to train" in done.stdout, done.stdout + done.stderr
-    assert "Effects of the factors on test top-1 (points)" in done.stdout and "Shapley value" in done.stdout
+    command = ["grid", "mine", *TINY, "recipe.duration=2 epochs", "--delta", "0.5"]
+    status, said = basd_here(*command, cwd=tmp_path, cache=cache)
+    assert status == 0 and "Nothing to train" in said, said
+    assert "Effects of the factors on test top-1 (points)" in said and "Shapley value" in said
     (reports,) = (path for path in (tmp_path / "reports").iterdir() if path.is_dir())
     assert "seeds for Δ = 0.5" in (reports / "mine.md").read_text()
     effects = {(line["kind"], line["effect"]): line for line in csv.DictReader((reports / "mine.factorial.csv").open())}
@@ -269,29 +271,29 @@ def test_a_wanted_difference_is_a_number_above_0(capsys: pytest.CaptureFixture[s
 @pytest.mark.slow
 def test_train_again_is_a_run_of_its_own_that_no_table_counts(grid, cache: Path) -> None:
     folder, first = grid
-    done = basd("train", "--again", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1", cwd=folder, cache=cache)
-    assert done.returncode == 0, done.stdout + done.stderr
+    again = ["train", "--again", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1"]
+    status, said = basd_here(*again, cwd=folder, cache=cache)
+    assert status == 0, said
     (journal,) = folder.glob("runs/*/*-again-*/journal.jsonl")
     original = journal.parent.name.split("-")[0]
     assert final_of(journal) == metrics_of(folder)[original], "the same numbers, bit for bit"
-    report = basd("report", "leave_one_out", cwd=folder, cache=cache)
-    assert table_of(report.stdout) == table_of(first.stdout)
+    _, said = basd_here("report", "leave_one_out", cwd=folder, cache=cache)
+    assert table_of(said) == table_of(first.stdout)
 
 
 @pytest.mark.slow
-def test_multirun_trains_every_combination_and_repeats_none(cache: Path, tmp_path: Path) -> None:
+def test_multirun_trains_every_combination_and_repeats_none(store: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copy(store, tmp_path / "mlflow.db")
     command = ["train", "-m", *TINY, "recipe.duration=6 steps", "method=ce", "seed=0,1"]
     first = basd(*command, cwd=tmp_path, cache=cache)
     assert first.returncode == 0, first.stdout + first.stderr
     assert len(metrics_of(tmp_path)) == 2
     again = basd(*command, cwd=tmp_path, cache=cache)
     assert again.stdout.count("Finished before") == 2
-    wrong = basd("train", "-m", *TINY, "method=ce", "student.points=2,[0,9]", cwd=tmp_path, cache=cache)
-    assert wrong.returncode == 2
-    assert "student.points holds block 9" in wrong.stderr
-    unknown = basd("train", "-m", "selctor=uniform,forward", cwd=tmp_path, cache=cache)
-    assert unknown.returncode == 2
-    assert "did you mean selector?" in unknown.stderr
+    status, said = basd_here("train", "-m", *TINY, "method=ce", "student.points=2,[0,9]", cwd=tmp_path, cache=cache)
+    assert status == 2 and "student.points holds block 9" in said
+    status, said = basd_here("train", "-m", "selctor=uniform,forward", cwd=tmp_path, cache=cache)
+    assert status == 2 and "did you mean selector?" in said
 
 
 @pytest.mark.slow

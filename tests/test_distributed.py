@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from several import CASES, WORLD
+from several import CASES, WORLD, write_configs
 from test_toggles import SMALL_BATCH
 
 from basd.config import FrozenArm
@@ -44,6 +44,7 @@ def reports(tiny_arm: Callable[..., FrozenArm], tmp_path_factory: pytest.TempPat
     """What two processes found; they run every case one after the other."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "arm.json").write_text(json.dumps(tiny_arm(*RUN).to_dict()))
+    write_configs(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     port = str(free_port())
     processes = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import optuna
 import psutil
 import pytest
 import yaml
+from command import basd_here
 from mlflow import MlflowClient
 from tiny import TINY
 
@@ -55,14 +57,15 @@ def basd(cwd: Path, cache: Path, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
-    folder = prepared(tmp_path_factory.mktemp("sweep"))
+def swept(tmp_path_factory: pytest.TempPathFactory, store: Path, cache: Path) -> tuple[Path, str]:
+    folder = prepared(tmp_path_factory.mktemp("sweep"), store)
     status, output = basd(folder, cache, "sweep", *SWEEP)
     assert status == 0, output
     return folder, output
 
 
-def prepared(folder: Path) -> Path:
+def prepared(folder: Path, store: Path) -> Path:
+    shutil.copy(store, folder / "mlflow.db")
     (folder / "sweeps").mkdir()
     (folder / "sweeps" / "mine.yaml").write_text(yaml.safe_dump(MINE, sort_keys=False))
     return folder
@@ -108,23 +111,23 @@ def test_pruned_arms_end_where_they_were_left(swept: tuple[Path, str]) -> None:
 def test_called_again_it_trains_nothing_and_writes_the_same_report(swept: tuple[Path, str], cache: Path) -> None:
     folder, _ = swept
     files = {path: path.read_bytes() for path in (folder / "reports").rglob("mine.*")}
-    status, output = basd(folder, cache, "sweep", *SWEEP)
+    status, output = basd_here("sweep", *SWEEP, cwd=folder, cache=cache)
     assert status == 0 and "Nothing to train" in output, output
     assert {path: path.read_bytes() for path in (folder / "reports").rglob("mine.*")} == files
-    status, output = basd(folder, cache, "report", "mine")
+    status, output = basd_here("report", "mine", cwd=folder, cache=cache)
     assert status == 0 and "Best (trial" in output
     assert {path: path.read_bytes() for path in (folder / "reports").rglob("mine.*")} == files
 
 
 def test_status_audit_sync_and_plan_know_it(swept: tuple[Path, str], cache: Path) -> None:
     folder, _ = swept
-    status, output = basd(folder, cache, "audit", "mine")
+    status, output = basd_here("audit", "mine", cwd=folder, cache=cache)
     assert status == 0 and "left by the sweep" in output and "nothing missing" in output, output
-    status, output = basd(folder, cache, "status", "mine")
+    status, output = basd_here("status", "mine", cwd=folder, cache=cache)
     assert status == 0 and "left by the sweep" in output and "nobody is training" not in output
-    status, output = basd(folder, cache, "sync", *SWEEP)
+    status, output = basd_here("sync", *SWEEP, cwd=folder, cache=cache)
     assert status == 0 and "MLflow has everything." in output
-    status, output = basd(folder, cache, "plan", *SWEEP, "--no-probe")
+    status, output = basd_here("plan", *SWEEP, "--no-probe", cwd=folder, cache=cache)
     assert status == 0 and "complete" in output and "recipe.weight_decay" in output
 
 
@@ -147,8 +150,10 @@ def test_mlflow_nests_sweep_configurations_and_arms(swept: tuple[Path, str]) -> 
     assert pruned and all("left by hyperband" in run.data.tags["basd.reason"] for run in pruned)
 
 
-def test_killed_again_and_again_it_finds_the_same(swept: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
-    prepared(tmp_path)
+def test_killed_again_and_again_it_finds_the_same(
+    swept: tuple[Path, str], store: Path, cache: Path, tmp_path: Path
+) -> None:
+    prepared(tmp_path, store)
     moments = random.Random(0)
     for _ in range(3):
         process = started(tmp_path, cache, "sweep", *SWEEP)
@@ -166,15 +171,16 @@ def test_killed_again_and_again_it_finds_the_same(swept: tuple[Path, str], cache
     assert trials_of(tmp_path) == trials_of(swept[0])
 
 
-def test_hydras_sweeper_searches_by_hand(cache: Path, tmp_path: Path) -> None:
+def test_hydras_sweeper_searches_by_hand(store: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copy(store, tmp_path / "mlflow.db")
     command = ["train", "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "+hydra.sweeper.sampler.seed=1", *TINY,
                "recipe.duration=6 steps", "weighting=uwso"]  # fmt: skip
     status, output = basd(tmp_path, cache, *command, "weighting.temperature=interval(0.5,4)")
     assert status == 0 and "Directions: ['maximize']" in output, output
     assert len(list(tmp_path.glob("runs/*/*/student.safetensors"))) == 3
-    status, output = basd(tmp_path, cache, *command, "weighting.temprature=interval(0.5,4)")
+    status, output = basd_here(*command, "weighting.temprature=interval(0.5,4)", cwd=tmp_path, cache=cache)
     assert status == 2 and "temperature" in output and "Traceback" not in output
-    status, output = basd(tmp_path, cache, *command, "weighting.temperature=interval(-1,4)")
+    status, output = basd_here(*command, "weighting.temperature=interval(-1,4)", cwd=tmp_path, cache=cache)
     assert status == 2 and "at least" in output
 
 
@@ -192,6 +198,6 @@ def test_hydras_sweeper_searches_by_hand(cache: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], said: str, cache: Path, tmp_path: Path) -> None:
-    status, output = basd(tmp_path, cache, *words)
+    status, output = basd_here(*words, cwd=tmp_path, cache=cache)
     assert status == 2 and said in output and "Traceback" not in output, output
     assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from basd.data.part import Part, whole
 
@@ -72,6 +71,9 @@ def apply_operations_(images: Tensor, operation: Tensor, arguments: Tensor) -> T
 
 def _table_operation(name: str, levels: Tensor, value: Tensor) -> Tensor:
     """One table operation on levels uint8 (n,3,H,W), with its argument (n,1,1,1)."""
+    # its import takes a second, also where no image is looked at
+    from torchvision.transforms.v2 import functional as TF
+
     if name == "AutoContrast":
         result: Tensor = TF.autocontrast(levels)
         return result

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -39,8 +39,10 @@ from basd.models.taps import attention_of
 from basd.models.teacher import teacher_title
 from basd.training.device import check_device
 from basd.training.recipe import parse_duration
-from basd.training.teachers import PreparedTeacher, prepare_head, prepare_teacher
 from basd.version import code_version
+
+if TYPE_CHECKING:
+    from basd.training.teachers import PreparedTeacher
 
 # Words on the command line of plan and grid that speak of the table, not of the configuration.
 TABLE_KEYS = ("seeds", "rows", "setting")
@@ -241,6 +243,9 @@ class Resources:
 
 def prepare(config: Config, progress: Callable[[int, int], None] | None = None) -> Resources:
     """Load the data and make the teacher ready, and its head where a loss reads logits, fitting them on first use."""
+    # here, since it imports timm, which workers and commands that only read plans do without
+    from basd.training.teachers import prepare_head, prepare_teacher
+
     splits = load_data(config.data)
     teacher = prepare_teacher(config.teacher, config.data, splits, progress, config.demands.logits)
     if config.demands.logits:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from basd.models.taps import Taps, grid_of, patch_scores
+
+if TYPE_CHECKING:
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
 
 
 @dataclass
@@ -49,6 +51,8 @@ def build_student(config: StudentConfig, classes: int) -> VisionTransformer:
 
     With and without the distillation token, the weights that both have start from the same values.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     options: dict[str, Any] = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -65,6 +69,8 @@ def build_student(config: StudentConfig, classes: int) -> VisionTransformer:
 
 def _with_distillation_token(plain: VisionTransformer, options: dict[str, Any]) -> VisionTransformerDistilled:
     """The same student with DeiT's token, its position and its head, which start as timm draws them."""
+    from timm.models.deit import VisionTransformerDistilled
+
     model = VisionTransformerDistilled(**options)
     # two logits in training, their mean in evaluation
     model.set_distilled_training(True)

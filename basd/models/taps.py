@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from basd.errors import UserError
+
+if TYPE_CHECKING:
+    # takes seconds: imported where a model is made or looked at, so that commands that only read runs answer sooner
+    from timm.layers import Attention
+    from timm.models.vision_transformer import VisionTransformer
 
 
 @dataclass
@@ -42,6 +46,9 @@ class Tapped:
 
 def check_tappable(model: nn.Module, name: str) -> VisionTransformer:
     """Return the model if its tokens and attention can be read by these taps; a `UserError` otherwise."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
     if not isinstance(model, VisionTransformer):
         raise UserError(f"{name} is a {type(model).__name__}; choose a model of timm's VisionTransformer family.")
     if not model.has_class_token:
@@ -56,6 +63,8 @@ def check_tappable(model: nn.Module, name: str) -> VisionTransformer:
 
 def attention_of(model: VisionTransformer, block: int) -> Attention:
     """The attention module of a block."""
+    from timm.layers import Attention
+
     attn = model.blocks[block].attn
     assert isinstance(attn, Attention)
     return attn

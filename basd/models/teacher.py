@@ -8,13 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from basd.errors import UserError
@@ -22,6 +19,9 @@ from basd.hub import no_waiting_offline
 from basd.models.checkpoints import Checkpoint, WeightsFile, check_fit, native_size, read_checkpoint
 from basd.models.resampling import resample_attention
 from basd.models.taps import Tapped, Taps, attention_of, check_tappable, grid_of, patch_attention
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 T = TypeVar("T")
 
@@ -97,6 +97,9 @@ TEACHERS: dict[str, type] = {"digits_vit": DigitsViTConfig, "timm": TimmTeacherC
 
 def build_digits_vit(config: DigitsViTConfig, classes: int) -> VisionTransformer:
     """The digits teacher, freshly initialised; draws from torch's global generator."""
+    from timm.layers import build_sincos2d_pos_embed
+    from timm.models.vision_transformer import VisionTransformer
+
     model = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -178,6 +181,8 @@ def timm_teacher_facts(model: str, image_size: int) -> tuple[TeacherShape, bool]
 def _check_name(config: TimmTeacherConfig) -> None:
     import timm
     from timm.models import list_pretrained
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
 
     known = timm.is_model(config.architecture)
     if not known:

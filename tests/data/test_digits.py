@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from basd.data import DATASETS, LOADERS, ImageSet, Splits, epoch_order, fingerprint, load
-from basd.data.digits import DigitsConfig, split_indices, upsample
+from basd.data.digits import DigitsConfig, read_digits, split_indices, upsample
 from basd.errors import UserError
 
 
@@ -21,6 +22,21 @@ def test_shapes_and_sizes(splits: Splits) -> None:
         assert split.images.dtype == torch.uint8 and split.labels.dtype == torch.int64
         assert split.classes == 10
         assert torch.equal(split.images[:, 0], split.images[:, 2])
+
+
+@pytest.mark.parametrize("file", ["datasets/data/digits.csv.gz", "datasets/elsewhere.csv.gz"])
+def test_images_and_labels_are_those_of_scikit_learn(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("basd.data.digits.FILE", file)
+    images, labels = read_digits()
+    expected = load_digits()
+    assert images.dtype == torch.float64 and labels.dtype == torch.int64
+    assert (images.numpy() == expected.images).all() and (labels.numpy() == expected.target).all()
+
+
+def test_without_scikit_learn_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(UserError, match="pip install scikit-learn"):
+        load(DigitsConfig())
 
 
 def test_splits_share_no_image(splits: Splits) -> None:

@@ -198,7 +198,7 @@ def test_bad_input_stops_before_anything_is_fitted(
     name: str, overrides: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan_module, "prepare_teacher", lambda *_: pytest.fail("the teacher was touched"))
+    monkeypatch.setattr("basd.training.teachers.prepare_teacher", lambda *_: pytest.fail("the teacher was touched"))
     with pytest.raises(UserError) as error:
         make_plan(name, overrides)
     assert said in str(error.value)
@@ -233,7 +233,7 @@ def test_a_row_that_cannot_be_composed_is_one_sentence(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan_module, "prepare_teacher", lambda *_: pytest.fail("the teacher was touched"))
+    monkeypatch.setattr("basd.training.teachers.prepare_teacher", lambda *_: pytest.fail("the teacher was touched"))
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.yaml").write_text(text)
     with pytest.raises(UserError) as error:

@@ -37,6 +37,14 @@ def test_only_the_command_line_knows_the_analysis() -> None:
     assert importing == {"commands"}
 
 
+def test_what_reads_runs_and_plans_waits_for_no_timm() -> None:
+    """It takes longer than torch, and brings torchvision and torch's compiler with it."""
+    modules = "basd.compose, basd.grid.status, basd.grid.plan, basd.grid.worker, basd.commands.tables"
+    code = f"import sys, {modules}; print([m for m in ('timm', 'torchvision', 'torch._dynamo') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, basd.cli; basd.cli.parser(); print([m for m in ('torch', 'mlflow', 'optuna', 'hydra', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
