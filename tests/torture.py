@@ -44,7 +44,7 @@ Points = dict[tuple[int, str], float]
 def write_table(folder: Path, rows: tuple[str, ...], seeds: int) -> None:
     lines = ["question: Does it survive?", f"reference: {rows[0]}", f"seeds: {list(range(seeds))}", "rows:"]
     lines += [f"  - {{name: {row}, overrides: [method={row}]}}" for row in rows]
-    (folder / "experiments").mkdir(parents=True)
+    (folder / "experiments").mkdir(parents=True, exist_ok=True)
     (folder / "experiments" / "torture.yaml").write_text("\n".join(lines) + "\n")
 
 
@@ -92,7 +92,7 @@ class Torture:
     def __init__(self, folder: Path, given: argparse.Namespace) -> None:
         self.folder, self.given = folder, given
         self.random = random.Random(given.seed)
-        self.work, self.reference = folder / "work", folder / "reference"
+        self.work, self.reference = folder / "work", given.reference or folder / "reference"
         self.work.mkdir(parents=True)
         self.on_tmpfs = os.geteuid() == 0 and not subprocess.call(
             ["mount", "-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", str(self.work)], stderr=subprocess.DEVNULL
@@ -141,6 +141,8 @@ class Torture:
         return done.returncode, done.stdout + done.stderr
 
     def train_reference(self) -> None:
+        if any(self.reference.glob("runs/*/*/journal.jsonl")):
+            return
         command = [sys.executable, "-m", "basd", "grid", "torture", *self.settings("runtime.processes=1")]
         done = subprocess.run(command, cwd=self.reference, env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -172,9 +174,12 @@ class Torture:
         if self.postgres is not None:
             import psycopg
 
-            with psycopg.connect(self.ledger) as connection:
-                connection.execute("LOCK TABLE trials, trial_user_attributes IN ACCESS EXCLUSIVE MODE")
-                time.sleep(4)
+            try:
+                with psycopg.connect(self.ledger) as connection:
+                    connection.execute("LOCK TABLE trials, trial_user_attributes IN ACCESS EXCLUSIVE MODE")
+                    time.sleep(4)
+            except psycopg.errors.UndefinedTable:
+                pass  # not created yet
             return
         connection = sqlite3.connect(self.work / "ledger.db", isolation_level=None, timeout=30)
         try:
@@ -368,6 +373,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--between", type=float, default=8.0, help="at most this many seconds between two kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--reference", type=Path, help="the folder of the undisturbed grid; trained where it is empty")
     parser.add_argument(
         "--eight", type=int, default=0, metavar="TIMES", help="instead: eight grids at once, so many times"
     )
