@@ -19,6 +19,7 @@ NONE = "–"  # nothing can be said here
 Alignment = Literal["left", "center", "right"]
 _RULES: dict[Alignment, str] = {"left": ":--", "center": ":-:", "right": "--:"}
 _LETTERS: dict[Alignment, str] = {"left": "l", "center": "c", "right": "r"}
+_MANY_COLUMNS = 10  # more are wider than a page's line
 _CHECK_MARK = r"\providecommand{\checkmark}{\ensuremath{\surd}}"
 
 
@@ -58,7 +59,8 @@ class Sheet:
 
     def latex(self, caption: str, label: str, notes: Iterable[str] = ()) -> str:
         """A `table` environment with the notes under it; the document needs booktabs alone (with amssymb, check marks are that
-        package's)."""
+        package's), and graphicx where there are many columns: those are made as small as the line asks for."""
+        wide = len(self.columns) > _MANY_COLUMNS
         body: list[str] = []
         for title, rows in self.sections:
             body.append(r"    \midrule")
@@ -71,12 +73,13 @@ class Sheet:
                 r"  \centering\footnotesize\setlength{\tabcolsep}{3pt}",
                 rf"  \caption{{{escape_latex(caption)}}}",
                 rf"  \label{{tab:{label}}}",
+                *([r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"] if wide else []),
                 rf"  \begin{{tabular}}{{{''.join(_LETTERS[column.align] for column in self.columns)}}}",
                 r"    \toprule",
                 "    " + _ampersands(escape_latex(column.title) for column in self.columns),
                 *body,
                 r"    \bottomrule",
-                r"  \end{tabular}",
+                r"  \end{tabular}}" if wide else r"  \end{tabular}",
                 r"  \par\smallskip",
                 r"  \begin{minipage}{\linewidth}\footnotesize\raggedright",
                 *(f"    {escape_latex(note)}\\par" for note in notes),
@@ -86,7 +89,8 @@ class Sheet:
             ]
         )
         definitions = [_CHECK_MARK] if r"\checkmark" in text else []
-        return "\n".join([r"% Needs \usepackage{booktabs}.", *definitions, text])
+        needs = r"% Needs \usepackage{booktabs,graphicx}." if wide else r"% Needs \usepackage{booktabs}."
+        return "\n".join([needs, *definitions, text])
 
     def rich(self, title: str, caption: str = "") -> rich.table.Table:
         """For a terminal: `rich.console.Console().print(sheet.rich("…"))`."""

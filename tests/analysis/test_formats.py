@@ -178,6 +178,20 @@ def test_latex_compiles_with_and_without_a_check_mark_of_the_document(
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_of_many_columns_fits_the_line(frame_of: Frames, tmp_path: Path) -> None:
+    frame = frame_of(FIVE).assign(**{"test/nll": 1.0, "test/ece": 0.1})
+    metrics = tuple(map(metric, ("test/top1", "test/nll", "test/ece")))
+    text = build_table(frame, layout(metrics=metrics, reported=())).to_latex()
+    head = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n"
+    (tmp_path / "t.tex").write_text(f"{head}{text}\\end{{document}}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+    assert "resizebox" not in build_table(frame, layout()).to_latex()
+
+
 def test_latex_without_marks_defines_none(frame_of: Frames) -> None:
     rows = (LayoutRow("basd", "a"), LayoutRow("ce", "b"))
     assert "checkmark" not in build_table(frame_of(FIVE), layout(rows=rows, marks=())).to_latex()
