@@ -9,6 +9,12 @@ from pathlib import Path
 
 from basd.errors import UserError
 
+# What stands in the file names of figures, in the order of a page.
+_ORDER = (
+    *("forest", "shapley", "interactions", "front", "history", "importance", "slices", "epochs"),
+    *("curves", "cost", "losses", "selector", "distance", "attention", "spectra", "radial", "cka"),
+)
+
 
 def write_texts(directory: Path, texts: Mapping[str, str]) -> list[Path]:
     """Write files by name into `directory` (made if missing), none before all could be written; returns their paths."""
@@ -30,9 +36,14 @@ def write_texts(directory: Path, texts: Mapping[str, str]) -> list[Path]:
 
 
 def figures_of(name: str, directory: Path) -> list[str]:
-    """File names of the figures NAME.WHAT.png that lie in a directory, in order."""
+    """File names of the figures NAME.WHAT.png that lie in a directory: the results, training, models, then any others by name."""
     pattern = re.compile(rf"{re.escape(name)}\.[A-Za-z0-9_-]+\.png")
-    return sorted(path.name for path in directory.glob("*.png") if pattern.fullmatch(path.name))
+
+    def place(file: str) -> tuple[int, str]:
+        kind = re.split(r"[.-]", file.removeprefix(f"{name}."))[0]
+        return _ORDER.index(kind) if kind in _ORDER else len(_ORDER), file
+
+    return sorted((path.name for path in directory.glob("*.png") if pattern.fullmatch(path.name)), key=place)
 
 
 def same_text(path: Path, text: str) -> bool:

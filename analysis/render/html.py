@@ -37,7 +37,7 @@ tbody th[scope=rowgroup] { font-style: italic; color: var(--faint); }
 .left { text-align: left; } .center { text-align: center; } .right { text-align: right; }
 .reported { font-style: italic; color: var(--faint); }
 .notes, .about { color: var(--faint); font-size: 0.9rem; padding-left: 1.2rem; } .about { padding: 0; margin: 0.2rem 0; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; max-width: 100%; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; max-width: min(100%, 30rem); }
 figure img { max-width: min(100%, 28rem); background: #fff; padding: 0.5rem; border: 1px solid var(--line); }
 .small img { max-width: 11rem; max-height: 9rem; } figcaption { color: var(--faint); font-size: 0.85rem; }
 .problem { border-left: 4px solid #d55e00; padding-left: 0.6rem; }
