@@ -204,7 +204,7 @@ def get(address: str, password: str | None = None) -> int:
     if password is not None:
         request.add_header("Authorization", "Basic " + base64.b64encode(f"admin:{password}".encode()).decode())
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
