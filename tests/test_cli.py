@@ -344,7 +344,8 @@ def test_two_grids_at_once_train_each_arm_once(grid, cache: Path, tmp_path: Path
     assert logs.count(" complete") == 9, logs
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name.startswith("digits-")]
-    assert len(client.search_runs([experiment.experiment_id])) == 12
+    # 9 arms, 3 configurations and the table, each once
+    assert len(client.search_runs([experiment.experiment_id])) == 13
 
 
 @pytest.mark.parametrize(
