@@ -157,7 +157,7 @@ def test_a_second_call_trains_nothing_and_prints_the_same(grid, cache: Path) -> 
     assert "Nothing to train" in said
     assert table_of(said) == table_of(first.stdout)
     assert {path: path.read_bytes() for path in before} == before
-    _, said = basd_here("report", "leave_one_out", cwd=folder, cache=cache)
+    _, said = basd_here("report", "leave_one_out", "--figures", "table", cwd=folder, cache=cache)
     assert table_of(said) == table_of(first.stdout)
     assert {path: path.read_bytes() for path in folder.glob("reports/**/*") if path.is_file()} == before
     _, said = basd_here("status", cwd=folder, cache=cache)
