@@ -186,7 +186,8 @@ def test_report_all_lists_what_could_not_be_written(
     index = (tmp_path / "reports" / "index.md").read_text()
     assert "files below are of an earlier report: No runs of 'leave\\_one\\_out'" in index
     assert "Could not be written: No runs of 'other'" in index and "### torn" in index
-    assert main(["report", "--all", "--quiet", f"tracking.uri=sqlite:///{folder}/mlflow.db"]) == 1
+    there = f"tracking.uri=sqlite:///{folder}/mlflow.db"
+    assert main(["report", "--all", "--figures", "table", "--quiet", there]) == 1
     index = (tmp_path / "reports" / "index.md").read_text()
     assert "of an earlier report" not in index and "No runs" not in index and "### torn" in index
     for path in (tmp_path / "reports").glob("*/leave_one_out.*"):
