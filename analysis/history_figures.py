@@ -27,9 +27,9 @@ def learning_curves(
     """
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.4), layout="constrained")
     one = shown_metric(metric)
     rows = list(dict.fromkeys(histories["row"]))
+    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.0 + _legend_height(len(rows))), layout="constrained")
     for place, row in enumerate(rows):
         _curve(axis, histories[histories["row"] == row], metric, place, (labels or {}).get(row, row), one.scale, smooth)
     axis.set_xlabel("step")
@@ -142,7 +142,7 @@ def cost_against(
     means = frame.groupby("row", sort=False)[[cost, metric]].mean().dropna()
     spread = frame.groupby("row", sort=False)[metric].std()
     x, y = shown_metric(cost), shown_metric(metric)
-    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.8), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.2 + _legend_height(len(means))), layout="constrained")
     for place, (row, values) in enumerate(means.iterrows()):
         colour = GREY if row == reference else COLOURS[place % len(COLOURS)]
         error = y.scale * spread[row] if not math.isnan(spread[row]) else None
@@ -154,6 +154,11 @@ def cost_against(
     axis.set_ylabel(y.heading)
     _legend(figure, len(means))
     return figure
+
+
+def _legend_height(entries: int) -> float:
+    """Inches that `_legend` takes, so that many rows leave the axes their room."""
+    return 0.17 * math.ceil(entries / 2)
 
 
 def _legend(figure: Figure, entries: int) -> None:
