@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Each level draws what the one before it does, and more.
 TABLE, TRAINING, MODELS = "table", "training", "models"
-LEVELS = (TABLE, TRAINING, MODELS)
 # Images of the validation split that models are looked at with, and the one whose attention is drawn.
 IMAGES, IMAGE = 32, 0
 PARAMETERS = "cost/parameters"
@@ -51,8 +50,7 @@ class Gallery:
         from analysis.style import save, style
 
         written: list[Path] = []
-        makers = [self._training] if self.level in (TRAINING, MODELS) else []
-        makers += [self._models] if self.level == MODELS else []
+        makers = {TABLE: [], TRAINING: [self._training], MODELS: [self._training, self._models]}[self.level]
         with style():
             for make in makers:
                 for what, figure in make(frame, layout):

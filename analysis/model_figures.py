@@ -33,7 +33,7 @@ def attention_maps(arm: TrainedArm, image: int = 0, block: int = -1) -> Figure:
     """
     from matplotlib import pyplot
 
-    rows = [("student", arm.student_layers()), ("teacher", arm.teacher_layers())]
+    rows = [("student", arm.student_layers), ("teacher", arm.teacher_layers)]
     heads = min(MOST_HEADS, max(layers.attention[block].shape[1] for _, layers in rows))
     columns = heads + 3
     figure, axes = pyplot.subplots(2, columns, figsize=(PAGE, 2 * PAGE / columns + 0.35), layout="constrained")
@@ -91,7 +91,7 @@ def spectra(arm: TrainedArm, blocks: Sequence[int] | None = None) -> Figure:
     """2-D log amplitude of the patch tokens by block, DC in the middle: student above, teacher below, at equal depths."""
     from matplotlib import pyplot
 
-    student, teacher = arm.student_layers(), arm.teacher_layers()
+    student, teacher = arm.student_layers, arm.teacher_layers
     chosen = list(blocks) if blocks is not None else _spread(student.depth, 4)
     figure, axes = pyplot.subplots(
         2, len(chosen), figsize=(PAGE, 2 * PAGE / len(chosen) * 0.8), squeeze=False, layout="constrained"
@@ -120,7 +120,7 @@ def radial_spectra(arm: TrainedArm) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(PAGE, 2.4), sharey=True, layout="constrained")
     colours = pyplot.get_cmap("viridis")
     for axis, (who, layers) in zip(
-        axes, (("student", arm.student_layers()), ("teacher", arm.teacher_layers())), strict=True
+        axes, (("student", arm.student_layers), ("teacher", arm.teacher_layers)), strict=True
     ):
         frequency, profiles = radial_profiles(amplitude_spectra(layers))
         for depth, profile in zip(_depths(layers.depth), profiles, strict=True):
@@ -136,7 +136,7 @@ def similarity(arm: TrainedArm) -> Figure:
     """Linear CKA between the student's blocks and the teacher's."""
     from matplotlib import pyplot
 
-    student, teacher = arm.student_layers(), arm.teacher_layers()
+    student, teacher = arm.student_layers, arm.teacher_layers
     table = cka(student, teacher)
     height = max(1.6, 0.6 + COLUMN * 0.75 * student.depth / teacher.depth)
     figure, axis = pyplot.subplots(figsize=(COLUMN, min(height, COLUMN)), layout="constrained")

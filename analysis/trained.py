@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,14 @@ class TrainedArm:
     images: Tensor  # evaluation views of the student's size, (B, 3, H, W), in [0, 1]
     labels: Tensor  # (B,)
 
+    @cached_property
     def student_layers(self) -> Layers:
-        """The student's blocks on the images."""
+        """The student's blocks on the images, looked at once."""
         from basd.data.views import normalize
 
         return read_layers(self.student, normalize(self.images, self.config.data.mean, self.config.data.std))
 
+    @cached_property
     def teacher_layers(self) -> Layers:
         """The teacher's blocks on the same images, at its own size and with its own statistics."""
         from basd.data.views import eval_view, normalize
@@ -70,7 +73,7 @@ class Distances:
     @classmethod
     def of(cls, arm: TrainedArm) -> Distances:
         """Of a student and its teacher on the arm's images."""
-        return cls(arm.name, attention_distances(arm.student_layers()), attention_distances(arm.teacher_layers()))
+        return cls(arm.name, attention_distances(arm.student_layers), attention_distances(arm.teacher_layers))
 
 
 def open_arm(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from basd.tracking.files import file_lock
 from basd.tracking.mlflow_store import Store
-from basd.tracking.notes import shortened
 from basd.tracking.runs import open_runs
 
 TABLE = "basd.table"
@@ -80,7 +79,7 @@ def publish_table(
     with file_lock(lock):
         store = Store(uri, setting)
         run_id = publish_run(
-            store, (TABLE, name), name=f"table: {name}", description=shortened(description), tags=tags, files=files
+            store, (TABLE, name), name=f"table: {name}", description=description, tags=tags, files=files
         )
         if store.client.get_run(run_id).info.status != "FINISHED":
             store.close(run_id, "FINISHED", _now())

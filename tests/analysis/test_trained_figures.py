@@ -162,8 +162,8 @@ def test_a_finished_arm_is_opened_by_its_key(tiny_arm, tmp_path: Path, monkeypat
     journal.end("complete", "", result.metrics)
     journal.close()
     opened = open_arm(frozen.arm_key[:6], count=5)
-    assert opened.images.shape == (5, 3, 20, 20) and opened.student_layers().grid == (5, 5)
-    assert opened.teacher_layers().depth == 2
+    assert opened.images.shape == (5, 3, 20, 20) and opened.student_layers.grid == (5, 5)
+    assert opened.teacher_layers.depth == 2
     with pytest.raises(UserError, match="no arm"):
         open_arm("f" * 16)
 
