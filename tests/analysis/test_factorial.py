@@ -8,12 +8,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import make_layout
 from scipy import stats
 
 from analysis import Layout, LayoutRow, build_factorial, metric, write_report
@@ -324,15 +326,9 @@ def test_the_tables_that_come_along_are_read_as_they_are_meant() -> None:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def layout_of_rows(rows: Mapping[str, Mapping[str, str]], **changes: object) -> Layout:
-    fields: dict[str, object] = {
-        "name": "losses",
-        "title": "Losses",
-        "rows": tuple(LayoutRow(row, row, factors=factors) for row, factors in rows.items()),
-        "reference": next(iter(rows)),
-        "question": "Which?",
-    }
-    return Layout(**(fields | changes))  # type: ignore[arg-type]
+def layout_of_rows(rows: Mapping[str, Mapping[str, str]], **changes: Any) -> Layout:
+    made = [LayoutRow(row, row, factors=factors) for row, factors in rows.items()]
+    return make_layout(made, **{"question": "Which?"} | changes)
 
 
 def test_the_pages_say_the_same_as_the_effects(frame_of: Frames) -> None:

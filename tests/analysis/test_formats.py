@@ -7,12 +7,14 @@ import io
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from made import make_layout
 
 from analysis import Layout, LayoutRow, Reported, Table, build_table, metric, write_report
 from analysis.escape import escape_html
@@ -31,15 +33,13 @@ FIGURES = (
 )
 
 
-def layout(**changes: object) -> Layout:
-    rows = (
-        LayoutRow("basd", "BASD", "", ("✓", "2")),
-        LayoutRow("ce", NASTY, "Controls", ("–", "–")),
-    )
-    fields: dict[str, object] = {"name": "losses", "title": NASTY, "rows": rows, "reference": "basd", "question": NASTY,
-                                 "marks": ("rsd", "T_&"), "reported": FIGURES, "notes": (NASTY,), "setting": "digits-a",
-                                 "teacher": "vit, 99.1 % test top-1", "plan": "0123456789ab"}  # fmt: skip
-    return Layout(**(fields | changes))  # type: ignore[arg-type]
+ROWS = (LayoutRow("basd", "BASD", "", ("✓", "2")), LayoutRow("ce", NASTY, "Controls", ("–", "–")))
+
+
+def layout(rows: Sequence[LayoutRow] = ROWS, **changes: Any) -> Layout:
+    fields = {"title": NASTY, "question": NASTY, "marks": ("rsd", "T_&"), "reported": FIGURES, "notes": (NASTY,),
+              "setting": "digits-a", "teacher": "vit, 99.1 % test top-1", "plan": "0123456789ab"}  # fmt: skip
+    return make_layout(rows, **fields | changes)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_latex_of_many_columns_fits_the_line(frame_of: Frames, tmp_path: Path) -
 
 def test_latex_without_marks_defines_none(frame_of: Frames) -> None:
     rows = (LayoutRow("basd", "a"), LayoutRow("ce", "b"))
-    assert "checkmark" not in build_table(frame_of(FIVE), layout(rows=rows, marks=())).to_latex()
+    assert "checkmark" not in build_table(frame_of(FIVE), layout(rows, marks=())).to_latex()
 
 
 # -- HTML --------------------------------------------------------------------------------------------------------------

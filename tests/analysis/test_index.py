@@ -6,9 +6,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from made import make_layout
 
 from analysis import Layout, LayoutRow, build_table, metric, write_index, write_report
 from analysis.entries import Entry, read_entries, record_problem, table_entry
@@ -23,11 +25,11 @@ VALUES = {
 }
 
 
-def layout(name: str = "losses", **changes: object) -> Layout:
+def layout(name: str = "losses", **changes: Any) -> Layout:
     rows = tuple(LayoutRow(row, row.upper()) for row in VALUES)
-    fields = {"name": name, "title": name, "rows": rows, "reference": "basd", "question": "Which <one> & why?",
-              "setting": "digits-a", "plan": "0123456789ab", "seeds": (0, 1, 2, 3, 4)}  # fmt: skip
-    return Layout(**(fields | changes))  # type: ignore[arg-type]
+    fields = {"name": name, "title": name, "question": "Which <one> & why?", "setting": "digits-a",
+              "plan": "0123456789ab", "seeds": (0, 1, 2, 3, 4)}  # fmt: skip
+    return make_layout(rows, **fields | changes)
 
 
 def sweep_of(folder: Path) -> None:

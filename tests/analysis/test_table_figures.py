@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from made import make_layout
 from matplotlib import pyplot
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
@@ -43,23 +45,20 @@ def values_of(rows: int, seeds: int, start: int = 0) -> dict[str, dict[int, floa
     }
 
 
-def layout(values: dict[str, dict[int, float]], label: str = "{}", **changes: object) -> Layout:
+def layout(values: dict[str, dict[int, float]], label: str = "{}", **changes: Any) -> Layout:
     rows = tuple(
         LayoutRow(name, label.format(name), f"section {i // 5}" if i > 2 else "") for i, name in enumerate(values)
     )
-    fields: dict[str, object] = {"name": "losses", "title": "Losses", "rows": rows, "reference": "row0"}
-    return Layout(**(fields | changes))  # type: ignore[arg-type]
+    return make_layout(rows, **changes)
 
 
-def factorial_layout(
-    values: dict[str, dict[int, float]], levels: dict[str, tuple[str, ...]], **changes: object
-) -> Layout:
+def factorial_layout(values: dict[str, dict[int, float]], levels: dict[str, tuple[str, ...]], **changes: Any) -> Layout:
     chosen = itertools.product(*levels.values())
     rows = tuple(
         LayoutRow(name, name, factors=dict(zip(levels, one, strict=True)))
         for name, one in zip(values, chosen, strict=True)
     )
-    return layout(values, rows=rows, **changes)
+    return make_layout(rows, **changes)
 
 
 def overlaps(boxes: list) -> list[tuple[int, int]]:
