@@ -52,7 +52,7 @@ _ACCENTS = dict(
 def escape_latex(text: str) -> str:
     """One line of ASCII LaTeX that prints `text` with the standard fonts; a character they lack becomes [U+XXXX].
 
-    Check marks are the command checkmark, which `analysis.render.latex` defines where the document does not.
+    Check marks are the command checkmark, which `Sheet.latex` defines where the document does not.
     """
     latex = "".join(_character(character) for character in one_line(unicodedata.normalize("NFC", text)))
     return re.sub("-(?=-)", "-{}", latex)  # hyphens must not join into a dash

@@ -21,15 +21,27 @@ from typing import TYPE_CHECKING, Any
 from basd.errors import UserError
 from basd.grid.processes import is_alive, this_process
 from basd.grid.storage import Database
-from basd.grid.trials import OF_ONE_TRY, ArmState, State, counting, fields_of, generation
+from basd.grid.trials import OF_ONE_TRY, ArmState, State, Trial, counting, fields_of, generation, read_trials
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from basd.config import FrozenArm
     from basd.grid.options import GridOptions
 
 log = logging.getLogger("basd.ledger")
+
+
+class _Lives:
+    """Which owners live, each looked at once: a worker owns many arms."""
+
+    def __init__(self, one_machine: bool) -> None:
+        self._one_machine, self._known = one_machine, dict[str, bool | None]()
+        self.asked = time.monotonic()
+
+    def of(self, owner: dict[str, Any]) -> bool | None:
+        worker = str(owner.get("worker"))
+        if worker not in self._known:
+            self._known[worker] = is_alive(owner, self._one_machine)
+        return self._known[worker]
 
 
 class Ledger:
@@ -154,7 +166,7 @@ class Ledger:
                 study = storage.get_study_id_from_name(self.setting)
             except KeyError:
                 return None
-            trials = storage.get_all_trials(study, deepcopy=False)
+            trials = read_trials(storage.engine, study)
             newest: dict[str, int] = {}
             for trial in trials:
                 key = trial.user_attrs.get("arm_key", "")
@@ -342,21 +354,21 @@ class Ledger:
                         self._study = storage.get_study_id_from_name(self.setting)
         return self._study
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self._database.storage.get_all_trials(self._study_id(), deepcopy=False)
+    def _trials(self) -> list[Trial]:
+        return read_trials(self._database.storage.engine, self._study_id())
 
     def _states(self) -> dict[str, ArmState]:
         """One state per arm key, of its newest generation: complete, running, waiting, pruned, failed, then the lower number
         (failed: the last)."""
-        by_key: dict[str, list[FrozenTrial]] = {}
+        by_key: dict[str, list[Trial]] = {}
         for trial in self._trials():
             if "arm_key" in trial.user_attrs:
                 by_key.setdefault(trial.user_attrs["arm_key"], []).append(trial)
         labels = self._labels()
-        now = time.monotonic()
-        return {key: self._state(counting(trials), labels.get(key, {}), now) for key, trials in by_key.items()}
+        lives = _Lives(self._database.one_machine)
+        return {key: self._state(counting(trials), labels.get(key, {}), lives) for key, trials in by_key.items()}
 
-    def _state(self, trial: FrozenTrial, labels: dict[str, list[str]], now: float) -> ArmState:
+    def _state(self, trial: Trial, labels: dict[str, list[str]], lives: _Lives) -> ArmState:
         from optuna.trial import TrialState
 
         names: dict[TrialState, State] = {
@@ -368,14 +380,14 @@ class Ledger:
         attributes = trial.user_attrs
         state = names.get(trial.state, "failed")
         owner = attributes.get("owner")
-        if state == "running" and self._is_stale(trial._trial_id, owner, attributes.get("beat"), now):
+        if state == "running" and self._is_stale(trial.trial_id, owner, attributes.get("beat"), lives):
             state = "stale"
         retries = int(attributes.get("retry", 0))
         return ArmState(
             key=attributes["arm_key"],
             state=state,
             number=trial.number,
-            trial_id=trial._trial_id,
+            trial_id=trial.trial_id,
             seed=int(attributes.get("seed", 0)),
             name=str(attributes.get("name", "")),
             configuration_key=str(attributes.get("configuration_key", "")),
@@ -391,15 +403,14 @@ class Ledger:
             reason=str(attributes.get("reason", "")) if state in ("failed", "pruned") else "",
             log=str(attributes.get("log", "")) if state == "failed" else "",
             metrics={name: float(value) for name, value in attributes.get("metrics", {}).items()},
-            started=trial.datetime_start,
-            ended=trial.datetime_complete,
         )
 
-    def _is_stale(self, trial_id: int, owner: dict[str, Any] | None, beat: Any, now: float) -> bool:
+    def _is_stale(self, trial_id: int, owner: dict[str, Any] | None, beat: Any, lives: _Lives) -> bool:
         if owner is not None and owner.get("worker") == self.owner.worker:
             return False
-        if owner is not None and is_alive(owner, self._database.one_machine) is False:
+        if owner is not None and lives.of(owner) is False:
             return True
+        now = lives.asked
         sign = ((owner or {}).get("worker"), beat)
         with self._guard:
             if self._seen.get(trial_id, (None, 0.0))[0] != sign:
@@ -416,7 +427,7 @@ class Ledger:
         """Enqueue failed arms that have retries left and no other live trial."""
         added = []
         with self._database.errors(), self._database.exclusive():
-            trials = {t._trial_id: t for t in self._trials()}
+            trials = {t.trial_id: t for t in self._trials()}
             states = self._states()
             for key in keys:
                 state = states.get(key)

@@ -239,8 +239,12 @@ def _loop(plan: Plan, options: GridOptions, ledger: Ledger, workers: Workers, di
         try:
             for sentence in workers.gone():
                 display.say(f"Note: {sentence}")
-            ledger.reap_stale(keys)
             states = ledger.arms(keys)
+            if any(
+                state.state == "stale" or (state.state == "failed" and not state.permanent) for state in states.values()
+            ):
+                ledger.reap_stale(keys)
+                states = ledger.arms(keys)
         except UserError as error:  # a ledger locked for a while must not end a long run; workers wait for it too
             if str(error) != trouble:
                 display.say(f"{error} (waiting)")

@@ -19,6 +19,7 @@ from basd.errors import UserError
 from basd.grid import ledger as ledger_module
 from basd.grid import processes
 from basd.grid.ledger import Ledger
+from basd.grid.trials import read_trials
 
 
 def arm(number: int, cohort: int = 0, version: str = "v") -> Any:
@@ -66,6 +67,27 @@ def test_ensure_twice_adds_nothing_and_second_table_labels_finished_arms(url: st
     ledger.complete(keys[0], {"val/top1": 1.0})
     assert ledger.ensure([arm(0)], {keys[0]: ["other"]}, "second", again=True) == []
     assert ledger.arms()[keys[0]].labels == {"table": ["row"], "second": ["other"]}
+    ledger.close()
+
+
+def test_the_ledger_reads_what_optuna_reads(url: str) -> None:
+    ledger, keys = filled(url, [arm(i) for i in range(5)], retries=0)
+    other = Ledger(url, "another setting")
+    other.ensure([arm(9)], {}, "table")
+    ledger.claim(keys, 4)
+    ledger.complete(keys[0], {"val/top1": 0.5, "test/nll": float("nan")})
+    ledger.fail(keys[1], "loss “is” not finite\n\\ 100 %")
+    ledger.prune(keys[2], "left")
+    storage, study = ledger.database.storage, ledger._study_id()
+    storage.create_new_trial(study)  # as somebody else's, without a word
+    expected = storage.get_all_trials(study)
+    assert {trial.state.name for trial in expected} == {"COMPLETE", "FAIL", "PRUNED", "RUNNING", "WAITING"}
+    found = read_trials(storage.engine, study)
+    assert [(t.trial_id, t.number, t.state, t.user_attrs) for t in found] == [
+        (t._trial_id, t.number, t.state, t.user_attrs) for t in expected
+    ]
+    assert len(other._trials()) == 1 and read_trials(storage.engine, study + 100) == []
+    assert set(ledger.arms()) == set(keys)
     ledger.close()
 
 
