@@ -92,8 +92,8 @@ class Server:
 
     def close(self) -> None:
         assert self.process is not None
-        # the fast shutdown: connections are ended
-        self.process.send_signal(signal.SIGINT)
+        # at once: nobody needs what it would write
+        self.process.send_signal(signal.SIGQUIT)
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
