@@ -10,6 +10,9 @@ from analysis.load import NAME
 from analysis.metrics import Metric, metric
 from basd.errors import UserError
 
+# Metrics that a line has room for with their differences, p and verdicts.
+MOST_TESTED = 2
+
 
 @dataclass(frozen=True)
 class LayoutRow:
@@ -59,6 +62,11 @@ class Layout:
     plan: str = ""
     # a Δ of the first tested metric, in the unit shown: the report says how many seeds would show it
     wanted_delta: float | None = None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each metric's differences stand in a table of their own, since one line has no room for them all."""
+        return sum(shown.tested for shown in self.metrics) > MOST_TESTED
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]

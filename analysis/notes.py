@@ -91,6 +91,8 @@ def _test_notes(layout: Layout, lines: Results, seeds: Sequence[int]) -> list[st
             f"Δ: mean difference to {reference}, paired by seed; "
             f"under {statistics.INTERVAL_FROM} pairs no interval and no p."
         )
+    if layout.is_split:
+        notes.append("Differences, p and verdicts: in a table of each metric.")
     if any(result.verdict == statistics.TOO_SMALL for result in results):
         notes.append(f"n too small: no verdict under {statistics.VERDICT_FROM} pairs.")
     if any(result.significant for result in results):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -19,8 +20,13 @@ NONE = "–"  # nothing can be said here
 Alignment = Literal["left", "center", "right"]
 _RULES: dict[Alignment, str] = {"left": ":--", "center": ":-:", "right": "--:"}
 _LETTERS: dict[Alignment, str] = {"left": "l", "center": "c", "right": "r"}
-_MANY_COLUMNS = 10  # more are wider than a page's line
+# Points that a character and the room between columns take in \footnotesize, about, and those of an article's line.
+_CHARACTER, _BETWEEN, _LINE = 4.4, 6.0, 345.0
+# Characters of a line of a title that is not broken.
+_SHORT = 10
+# What a document may lack.
 _CHECK_MARK = r"\providecommand{\checkmark}{\ensuremath{\surd}}"
+_RESIZE = r"\providecommand{\resizebox}[3]{#3}"
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,14 @@ class Sheet:
         return lines
 
     def latex(self, caption: str, label: str, notes: Iterable[str] = ()) -> str:
-        """A `table` environment with the notes under it; the document needs booktabs alone (with amssymb, check marks are that
-        package's), and graphicx where there are many columns: those are made as small as the line asks for."""
-        wide = len(self.columns) > _MANY_COLUMNS
+        """A `table` environment with the notes under it; the document needs booktabs alone. With amssymb, check marks are that
+        package's; with graphicx, a table that is wider than the line is made as small as the line asks for."""
+        titles = [[column.title] for column in self.columns]
+        if self._points(titles) > _LINE:
+            titles = [
+                _stacked(column.title, widest) for column, widest in zip(self.columns, self._widest(), strict=True)
+            ]
+        wide = self._points(titles) > _LINE
         body: list[str] = []
         for title, rows in self.sections:
             body.append(r"    \midrule")
@@ -76,21 +87,28 @@ class Sheet:
                 *([r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"] if wide else []),
                 rf"  \begin{{tabular}}{{{''.join(_LETTERS[column.align] for column in self.columns)}}}",
                 r"    \toprule",
-                "    " + _ampersands(escape_latex(column.title) for column in self.columns),
+                "    " + _ampersands(_title_in_latex(*one) for one in zip(titles, self.columns, strict=True)),
                 *body,
                 r"    \bottomrule",
                 r"  \end{tabular}}" if wide else r"  \end{tabular}",
-                r"  \par\smallskip",
-                r"  \begin{minipage}{\linewidth}\footnotesize\raggedright",
-                *(f"    {escape_latex(note)}\\par" for note in notes),
-                r"  \end{minipage}",
+                *_minipage(notes),
                 r"\end{table}",
                 "",
             ]
         )
-        definitions = [_CHECK_MARK] if r"\checkmark" in text else []
-        needs = r"% Needs \usepackage{booktabs,graphicx}." if wide else r"% Needs \usepackage{booktabs}."
+        definitions = [*[_CHECK_MARK] * (r"\checkmark" in text), *[_RESIZE] * wide]
+        needs = r"% Needs \usepackage{booktabs}" + (r"; \usepackage{graphicx} makes it fit the line." if wide else ".")
         return "\n".join([needs, *definitions, text])
+
+    def _widest(self) -> list[int]:
+        """Characters of the longest cell of each column."""
+        rows = [row for _, rows in self.sections for row in rows]
+        return [max((len(row[place].text) for row in rows), default=0) for place in range(len(self.columns))]
+
+    def _points(self, titles: Sequence[Sequence[str]]) -> float:
+        """What it takes in LaTeX, about, under titles of these lines."""
+        characters = sum(max(cells, *map(len, lines)) for lines, cells in zip(titles, self._widest(), strict=True))
+        return _CHARACTER * characters + _BETWEEN * len(self.columns)
 
     def rich(self, title: str, caption: str = "") -> rich.table.Table:
         """For a terminal: `rich.console.Console().print(sheet.rich("…"))`."""
@@ -100,13 +118,13 @@ class Sheet:
 
         table = Table(
             title=Text(title),
-            caption=Text(caption),
+            caption=Text(caption) if caption else None,
             box=box.SIMPLE_HEAD,
             title_justify="left",
             caption_justify="left",
         )
         for column in self.columns:
-            table.add_column(Text(column.title), justify=column.align)
+            table.add_column(Text(column.title), justify=column.align, overflow="fold")
         for section, rows in self.sections:
             if section:
                 table.add_section()
@@ -142,6 +160,22 @@ def csv_text(lines: Iterable[Sequence[object]]) -> str:
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(lines)
     return stream.getvalue()
+
+
+def _stacked(title: str, width: int) -> list[str]:
+    """The lines of a title over cells of that many characters."""
+    return textwrap.wrap(title, max(width, _SHORT), break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _title_in_latex(lines: Sequence[str], column: Column) -> str:
+    text = r"\\".join(escape_latex(line) for line in lines)
+    return text if len(lines) < 2 else rf"\shortstack[{_LETTERS[column.align]}]{{{text}}}"
+
+
+def _minipage(notes: Iterable[str]) -> list[str]:
+    lines = [f"    {escape_latex(note)}\\par" for note in notes]
+    start = r"  \begin{minipage}{\linewidth}\footnotesize\raggedright"
+    return [r"  \par\smallskip", start, *lines, r"  \end{minipage}"] if lines else []
 
 
 def _in_markdown(cell: Cell) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FIGURES = ("forest", "shapley", "interactions")
 BLUE = COLOURS[0]
 LABEL_WIDTH = 27  # characters of a row's label in a line; more would leave a column no room for the intervals
+MOST_COLUMNS = 3  # panels beside each other
 LINE, GAP = 0.125, 0.055  # inches: a line of a label, and the room between rows
 
 
@@ -59,8 +60,6 @@ def draw(table: Table, factorial: FactorialReport | None, directory: Path) -> li
 
 def forest(table: Table) -> Figure:
     """Δ of every row to the reference with its interval, a panel a tested metric; the verdict fills the marker."""
-    from matplotlib import pyplot
-
     places = [place for place, shown in enumerate(table.layout.metrics) if shown.tested]
     rows: list[tuple[str, int | None]] = []
     section = ""
@@ -72,24 +71,46 @@ def forest(table: Table) -> Figure:
             rows.append((section, None))
         rows.append((line.row.label, index))
     heights, total = _heights(rows)
-    width = COLUMN if len(places) == 1 else PAGE
-    figure, axes = pyplot.subplots(
-        1, len(places), figsize=(width, total + 0.9), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure, panels = _panels(len(places), total)
     reference = next(one_line(line.row.label) for line in table.lines if line.row.name == table.layout.reference)
-    for axis, place in zip(axes[0], places, strict=True):
+    for axis, place in zip(panels, places, strict=True):
         shown = table.layout.metrics[place]
         for (_, at), y in zip(rows, heights, strict=True):
             if at is not None:
                 _row(axis, table.lines[at].comparisons[place], shown.scale, y)
         axis.axvline(0, color="black", lw=0.8, zorder=1)
         measured = any(not math.isnan(line.comparisons[place].low) for line in table.lines)
-        _name_values(axis, f"Δ {_with_unit(shown)} to {reference}", measured)
+        _name_values(axis, f"Δ {_with_unit(shown)}", f"to {reference}", measured, len(places))
         axis.tick_params(axis="y", length=0)
         axis.grid(False, axis="y")
-    _label_rows(axes[0, 0], rows, heights, total)
-    _legend(figure, axes[0], [line.comparisons[place] for line in table.lines for place in places])
+    for axis in panels[::MOST_COLUMNS]:
+        _label_rows(axis, rows, heights, total)
+    _legend(figure, panels, [line.comparisons[place] for line in table.lines for place in places])
     return figure
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of panels that share their rows, each `height` inches high: in a column of the page one, in its width three."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(count, MOST_COLUMNS)
+    lines = math.ceil(count / columns)
+    named = 0.9 if lines == 1 else 0.4 + 0.6 * lines
+    figure, axes = pyplot.subplots(
+        lines,
+        columns,
+        figsize=(COLUMN if count == 1 else PAGE, lines * height + named),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    panels = list(axes.flat[:count])
+    for axis in panels if columns > 1 else ():
+        axis.xaxis.set_major_locator(MaxNLocator(4 if columns == 2 else 3))
+    return figure, panels
 
 
 def _row(axis: Axes, result: Comparison, scale: float, y: float) -> None:
@@ -149,8 +170,15 @@ def _label_rows(axis: Axes, rows: list[tuple[str, int | None]], heights: list[fl
     axis.set_ylim(total, 0)
 
 
-def _name_values(axis: Axes, text: str, measured: bool) -> None:
-    axis.set_xlabel(_wrapped(text, 38) + "\n95 % intervals" * measured)
+def _name_values(axis: Axes, text: str, against: str, measured: bool, panels: int) -> None:
+    """What a panel shows; of many, the figure's foot says once what is the same in all."""
+    rest = [*[f"Δ: difference {against}"] * bool(against), *["95 % intervals"] * measured]
+    if panels < MOST_COLUMNS:
+        axis.set_xlabel(_wrapped(f"{text} {against}".strip(), 38) + "\n95 % intervals" * measured)
+        return
+    axis.set_xlabel(_wrapped(text, 26))
+    if rest:
+        axis.figure.supxlabel(_wrapped(", ".join(rest), 100), fontsize=8)
 
 
 def _wrapped(label: str, width: int = LABEL_WIDTH) -> str:
@@ -166,21 +194,11 @@ def _with_unit(shown: Metric) -> str:
 
 def shapley(report: FactorialReport) -> Figure:
     """Of every switch its effect alone, left out, on average and its Shapley value, a panel a metric."""
-    from matplotlib import pyplot
-
     shown_ones = list(zip(report.metrics, report.factorials, strict=True))
     switches = report.factorials[0].design.switches
-    width = COLUMN if len(shown_ones) == 1 else PAGE
-    figure, axes = pyplot.subplots(
-        1,
-        len(shown_ones),
-        figsize=(width, 0.95 + 0.55 * len(switches)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
+    figure, panels = _panels(len(shown_ones), 0.05 + 0.55 * len(switches))
     markers = ("s", "D", "^", "o")
-    for axis, (shown, found) in zip(axes[0], shown_ones, strict=True):
+    for axis, (shown, found) in zip(panels, shown_ones, strict=True):
         for place, switch in enumerate(switches):
             for lane, kind in enumerate(OF_A_SWITCH):
                 (effect,) = found.of(kind, switch)
@@ -193,17 +211,17 @@ def shapley(report: FactorialReport) -> Figure:
         axis.set_yticks(range(len(switches)), [_wrapped(switch) for switch in switches])
         axis.set_ylim(len(switches) - 0.5, -0.5)
         measured = any(not math.isnan(effect.low) for effect in found.effects)
-        _name_values(axis, f"effect on {_with_unit(shown)}", measured)
+        _name_values(axis, f"effect on {_with_unit(shown)}", "", measured, len(panels))
         axis.tick_params(axis="y", length=0)
         axis.grid(False, axis="y")
     handles = [
-        axes[0, 0].plot([], [], markers[lane], color=COLOURS[lane], label=kind)[0]
+        panels[0].plot([], [], markers[lane], color=COLOURS[lane], label=kind)[0]
         for lane, kind in enumerate(OF_A_SWITCH)
     ]
     effects = [effect for found in report.factorials for kind in OF_A_SWITCH for effect in found.of(kind)]
     if any(_fill(effect.verdict, BLUE) == "white" for effect in effects):
         handles.append(
-            axes[0, 0].plot([], [], "o", color=GREY, mfc="white", mew=0.9, label="open: not shown or n too small")[0]
+            panels[0].plot([], [], "o", color=GREY, mfc="white", mew=0.9, label="open: not shown or n too small")[0]
         )
     figure.legend(handles=handles, loc="outside upper center", ncols=2 if len(shown_ones) == 1 else 5, handlelength=1)
     return figure

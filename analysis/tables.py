@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from analysis import statistics
@@ -21,7 +21,7 @@ from analysis.statistics import Comparison
 
 if TYPE_CHECKING:
     import pandas as pd
-    import rich.table
+    import rich.console
 
 __all__ = ["CHECK", "NONE", "Cell", "Column", "Layout", "LayoutRow", "Line", "Metric", "Reported", "Table", "build_table", "metric"]  # fmt: skip
 
@@ -56,6 +56,8 @@ class Table:
         for shown in self.layout.metrics:
             which = f" {shown.label}" if several else ""
             columns.append(Column(shown.heading))
+            if shown.tested and self.layout.is_split:
+                continue
             if shown.tested:
                 columns += [Column(f"Δ{which} [95 % interval]"), Column(f"p{which} (Holm)")]
                 columns.append(Column(f"verdict{which}", "left"))
@@ -71,9 +73,11 @@ class Table:
         """The cells of one measured row, in the order of `columns`."""
         row = [Cell(one_line(line.row.label)), *(Cell(one_line(mark)) for mark in line.row.marks)]
         for shown, result, base in zip(self.layout.metrics, line.comparisons, self.reference.comparisons, strict=True):
-            row.append(Cell(mean_text(result, shown)))
+            split = shown.tested and self.layout.is_split
+            row.append(Cell(mean_text(result, shown), bold=split and result.significant))
             if not shown.tested:
                 row.append(Cell(_ratio(result, base)))
+            if not shown.tested or split:
                 continue
             row += [
                 Cell(_delta(result, shown), bold=result.significant),
@@ -88,7 +92,8 @@ class Table:
         texts = [f"{one_line(figures.label)} [{sources.index(figures.source) + 1}]", *[""] * len(self.layout.marks)]
         for shown in self.layout.metrics:
             texts.append(figures.values.get(shown.name, NONE).replace("-", "−"))
-            texts += [NONE, NONE, REPORTED] if shown.tested else [NONE]
+            if not (shown.tested and self.layout.is_split):
+                texts += [NONE, NONE, REPORTED] if shown.tested else [NONE]
         return [Cell(text, italic=True) for text in (*texts, NONE)]
 
     @property
@@ -117,14 +122,27 @@ class Table:
         sections = tuple((section, tuple(map(tuple, rows))) for section, rows in self.blocks())
         return Sheet(tuple(self.columns), sections)
 
+    @property
+    def details(self) -> list[Table]:
+        """Of a table that is split, one of each tested metric alone; else none."""
+        places = [place for place, shown in enumerate(self.layout.metrics) if shown.tested]
+        return [self._of_metric(place) for place in places] if self.layout.is_split else []
+
+    def _of_metric(self, place: int) -> Table:
+        rows = tuple(replace(row, marks=()) for row in self.layout.rows)
+        layout = replace(self.layout, rows=rows, marks=(), metrics=(self.layout.metrics[place],), reported=(), question="",
+                         title=f"{self.layout.title}: {self.layout.metrics[place].label}")  # fmt: skip
+        lines = [Line(row, (line.comparisons[place],)) for row, line in zip(rows, self.lines, strict=True)]
+        return replace(self, layout=layout, lines=tuple(lines), notes=())
+
     def to_markdown(self) -> str:
-        """A page of Markdown: title, question, table, notes."""
+        """A page of Markdown: title, question, table, notes; then the tables of single metrics, if it is split."""
         from analysis.render.markdown import markdown
 
         return markdown(self)
 
     def to_latex(self) -> str:
-        """A `table` environment; the document needs the package booktabs and nothing else."""
+        """A `table` environment, or several where it is split; the document needs booktabs alone (`Sheet.latex`)."""
         from analysis.render.latex import latex
 
         return latex(self)
@@ -147,11 +165,11 @@ class Table:
 
         return runs_csv(self)
 
-    def to_rich(self) -> rich.table.Table:
+    def to_rich(self) -> rich.console.Group:
         """For a terminal: `rich.console.Console().print(table.to_rich())`."""
-        from analysis.render.terminal import rich_table
+        from analysis.render.terminal import rich_tables
 
-        return rich_table(self)
+        return rich_tables(self)
 
     def to_text(self, width: int = 160) -> str:
         """The terminal's table as plain text without colours, wrapped at `width`."""

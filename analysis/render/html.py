@@ -136,6 +136,7 @@ def table_page(table: Table, figures: Sequence[str] = ()) -> str:
         *head(layout.title),
         *_table(table),
         *notes_list(table.notes),
+        *(line for one in table.details for line in _table(one)),
         f"<p>Files: {', '.join(files)}.</p>",
         *pictures(figures),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +21,16 @@ if TYPE_CHECKING:
     from basd.grid.probe import Probe
 
 
+# Characters that a table may take where the output is no terminal.
+LOG_WIDTH = 200
+
+
 def make_console(quiet: bool = False) -> Console:
-    """Where commands print; quiet never draws."""
+    """Where commands print; quiet never draws. Into a file or a pipe tables are as wide as they need, unless COLUMNS says otherwise."""
     from rich.console import Console as RichConsole
 
-    return RichConsole(highlight=False, soft_wrap=True, force_terminal=False if quiet else None)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+    return RichConsole(highlight=False, soft_wrap=True, force_terminal=False if quiet else None, width=width)
 
 
 def steps_done(directory: Path) -> int:

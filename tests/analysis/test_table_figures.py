@@ -194,6 +194,29 @@ def test_several_metrics_are_panels_of_one_figure(frame_of: Frames) -> None:
             assert not overlaps([axis.get_tightbbox() for axis in figure.axes])
 
 
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_many_metrics_leave_each_its_room(frame_of: Frames, count: int) -> None:
+    values = values_of(4, 5)
+    names = ("test/top1", "probe/attention_distance", "probe/attention_kl", "probe/relation_cosine", "probe/cka",
+             "probe/shift_consistency", "probe/sensitivity_high")[:count]  # fmt: skip
+    frame = frame_of(values)
+    for place, name in enumerate(names):
+        frame[name] = frame["test/top1"] * 0.3**place
+    made = factorial_layout(values, {"a": SWITCH, "b": SWITCH}, metrics=tuple(map(metric, names)))
+    table, report = build_table(frame, made), build_factorial(frame, made)
+    assert report is not None
+    for make in (lambda: forest(table), lambda: shapley(report)):
+        with drawn(make) as figure:
+            shown = [axis for axis in figure.axes if axis.get_visible()]
+            assert len(shown) == count
+            assert not overlaps([axis.get_tightbbox() for axis in shown])
+            for axis in shown:
+                assert not overlaps([text.get_window_extent() for text in axis.get_xticklabels() if text.get_text()])
+                assert axis.get_window_extent().width > 0.2 * PAGE * figure.dpi
+                labels = [text.get_text() for text in axis.get_yticklabels()]
+                assert bool(any(labels)) == (axis.get_subplotspec().is_first_col())
+
+
 def test_only_what_has_numbers_is_drawn(frame_of: Frames) -> None:
     values = values_of(4, 1)
     plain = build_table(frame_of(values), layout(values))

@@ -87,6 +87,42 @@ def test_several_metrics_and_lower_is_better(frame_of: Frames, layout_of: Layout
     assert ce[4] == ce[8] == "worse" and ce[5] == "1.5640 ± 0.0451" and len(ce) == len(table.header())
 
 
+THREE_METRICS = tuple(metric(name) for name in ("test/top1", "test/nll", "probe/attention_distance"))
+
+
+def test_many_metrics_stand_in_one_overview_and_in_a_table_each(frame_of: Frames, layout_of: Layouts) -> None:
+    frame = frame_of(FIVE)
+    frame["test/nll"] = [2.0 - value for value in frame["test/top1"]]
+    frame["probe/attention_distance"] = frame["test/top1"]
+    marked = [LayoutRow(row, row, marks=("✓",)) for row in FIVE]
+    made = layout_of(marked, metrics=(*THREE_METRICS, metric("time/step_milliseconds")), marks=("on",))
+    frame["time/step_milliseconds"] = 2.0
+    table = build_table(frame, made)
+    assert table.header() == ["row", "on", *(shown.heading for shown in made.metrics), "÷ reference", "n"]
+    assert "Differences, p and verdicts: in a table of each metric." in table.notes
+    alone = [build_table(frame, layout_of(list(FIVE), metrics=(shown,))) for shown in THREE_METRICS]
+    assert [detail.sheet for detail in table.details] == [one.sheet for one in alone]
+    assert alone[0].details == [] == build_table(frame, layout_of(list(FIVE), metrics=THREE_METRICS[:2])).details
+    overview = {row[0].text: row for _, rows in table.blocks() for row in rows}
+    for place, one in enumerate(alone):
+        for row, (line, *_) in zip(FIVE, zip(one.lines), strict=True):
+            cell = overview[row][2 + place]
+            assert (cell.text, cell.bold) == (one.cells(line)[1].text, line.comparisons[0].significant)
+    assert any(cell.bold for cell in overview["ce"]) and not any(cell.bold for cell in overview["basd"])
+    page, latex = table.to_markdown(), table.to_latex()
+    places = [page.index(f"\n## {shown.label}\n") for shown in THREE_METRICS]
+    assert (
+        places == sorted(places) and page.index("Differences, p") < places[0] and "ms a step\n" not in page[places[0] :]
+    )
+    assert [latex.count(rf"\label{{tab:losses{end}}}") for end in ("", "-1", "-2", "-3", "-4")] == [1, 1, 1, 1, 0]
+    assert table.to_html().count("<table>") == 4
+    # every number, also where a terminal is narrow
+    for width in (60, 80, 200):
+        said = "".join(table.to_text(width).split())
+        assert all("".join(one.cells(line)[2].text.split()[:1]) in said for one in alone for line in one.lines)
+        assert "…" not in said and max(map(len, table.to_text(width).splitlines())) <= width
+
+
 def test_a_metric_that_only_describes_is_neither_better_nor_worse(frame_of: Frames, layout_of: Layouts) -> None:
     frame = frame_of(FIVE)
     frame["probe/attention_distance"] = frame["test/top1"]
