@@ -32,6 +32,7 @@ thead { border-top: 2px solid var(--ink); border-bottom: 1px solid var(--ink); }
 tbody + tbody { border-top: 1px solid var(--line); }
 th, td { padding: 0.25rem 0.6rem; white-space: nowrap; }
 th { font-weight: 600; } tbody th { font-weight: 400; }
+thead th { white-space: normal; vertical-align: bottom; } .scroll + .scroll { margin-top: 1.5rem; }
 tbody th[scope=row] { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 8rem; }
 tbody th[scope=rowgroup] { font-style: italic; color: var(--faint); }
 .left { text-align: left; } .center { text-align: center; } .right { text-align: right; }
@@ -136,6 +137,7 @@ def table_page(table: Table, figures: Sequence[str] = ()) -> str:
         *head(layout.title),
         *_table(table),
         *notes_list(table.notes),
+        *(["<h2>Differences</h2>"] if table.details else []),
         *(line for one in table.details for line in _table(one)),
         f"<p>Files: {', '.join(files)}.</p>",
         *pictures(figures),
