@@ -37,6 +37,8 @@ def seeds_for(result: Comparison, delta: float) -> int | None:
 def precision_block(table: Table) -> list[str]:
     """Lines of Markdown; none where no row has enough pairs."""
     measured = list(_measured(table))
+    if table.layout.is_split:
+        measured.sort(key=lambda one: table.layout.metrics.index(one[1]))
     if not measured:
         return []
     several = sum(shown.tested for shown in table.layout.metrics) > 1

@@ -171,3 +171,9 @@ def test_several_metrics_name_theirs_and_the_wanted_difference_is_of_the_first(
     first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert (first[1], second[1]) == ("test top-1", "test NLL")
     assert first[-2:] == ["2", "3"] and second[-2:] == ["–", "3"]
+    # a table that is split has each metric's rows together
+    frame["test/ece"] = frame["test/nll"]
+    names = ("test/top1", "test/nll", "test/ece")
+    page = precision_block(build_table(frame, layout_of(list(THREE), metrics=tuple(map(metric, names)))))
+    order = [line.split("|")[2].strip() for line in page if line.startswith("| ")][2:]
+    assert order == [label for label in ("test top-1", "test NLL", "test ECE") for _ in range(len(THREE) - 1)]
