@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from analysis.metrics import metric as shown_metric
@@ -29,12 +29,13 @@ def learning_curves(
 
     one = shown_metric(metric)
     rows = list(dict.fromkeys(histories["row"]))
-    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.0 + _legend_height(len(rows))), layout="constrained")
-    for place, row in enumerate(rows):
-        _curve(axis, histories[histories["row"] == row], metric, place, (labels or {}).get(row, row), one.scale, smooth)
+    names = [(labels or {}).get(row, row) for row in rows]
+    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.0 + _legend_height(names)), layout="constrained")
+    for place, (row, name) in enumerate(zip(rows, names, strict=True)):
+        _curve(axis, histories[histories["row"] == row], metric, place, name, one.scale, smooth)
     axis.set_xlabel("step")
     axis.set_ylabel(one.heading)
-    _legend(figure, len(rows))
+    _legend(figure, names)
     return figure
 
 
@@ -142,25 +143,31 @@ def cost_against(
     means = frame.groupby("row", sort=False)[[cost, metric]].mean().dropna()
     spread = frame.groupby("row", sort=False)[metric].std()
     x, y = shown_metric(cost), shown_metric(metric)
-    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.2 + _legend_height(len(means))), layout="constrained")
-    for place, (row, values) in enumerate(means.iterrows()):
+    names = [(labels or {}).get(str(row), str(row)) for row in means.index]
+    figure, axis = pyplot.subplots(figsize=(COLUMN, 2.2 + _legend_height(names)), layout="constrained")
+    for place, ((row, values), name) in enumerate(zip(means.iterrows(), names, strict=True)):
         colour = GREY if row == reference else COLOURS[place % len(COLOURS)]
         error = y.scale * spread[row] if not math.isnan(spread[row]) else None
         axis.errorbar(x.scale * values[cost], y.scale * values[metric], yerr=error, fmt="os^Dv<>P*X"[place % 10], color=colour,
-                      ms=4, lw=0.8, label=(labels or {}).get(str(row), str(row)))  # fmt: skip
+                      ms=4, lw=0.8, label=name)  # fmt: skip
     axis.set_xlabel(x.label)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_ylabel(y.heading)
-    _legend(figure, len(means))
+    _legend(figure, names)
     return figure
 
 
-def _legend_height(entries: int) -> float:
+def _legend_height(names: Sequence[str]) -> float:
     """Inches that `_legend` takes, so that many rows leave the axes their room."""
-    return 0.17 * math.ceil(entries / 2)
+    return 0.17 * math.ceil(len(names) / _legend_columns(names))
 
 
-def _legend(figure: Figure, entries: int) -> None:
-    if entries > 1:
-        figure.legend(loc="outside lower center", ncols=2 if entries > 2 else entries)
+def _legend_columns(names: Sequence[str]) -> int:
+    """Two, where each name fits into half of a column of the page."""
+    return 2 if max(map(len, names), default=0) <= 24 else 1
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    if len(names) > 1:
+        figure.legend(loc="outside lower center", ncols=_legend_columns(names))
