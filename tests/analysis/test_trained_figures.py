@@ -193,6 +193,16 @@ def test_learning_curves_are_means_with_a_band_of_one_deviation(tmp_path: Path) 
         assert {"BASD", "ce", "val top-1 (%)", "step"} <= set(drawn(figure, tmp_path))
 
 
+def test_the_legend_of_long_names_stays_within_the_column() -> None:
+    names = {row: f"{row}, with values that are the teacher's own" for row in ("basd", "ce")}
+    with style():
+        figure = history_figures.learning_curves(histories(), "val/top1", names)
+        figure.canvas.draw()
+        box, (axis,) = figure.legends[0].get_window_extent(), figure.axes
+        assert 0 <= box.x0 and box.x1 <= figure.get_size_inches()[0] * figure.dpi
+        assert axis.get_window_extent().height > 1.2 * figure.dpi and not box.overlaps(axis.get_tightbbox())
+
+
 def test_trajectories_have_a_panel_for_each_kind_there_is(tmp_path: Path) -> None:
     with style():
         figure = history_figures.trajectories(histories(), "basd")
