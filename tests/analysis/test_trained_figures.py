@@ -199,7 +199,7 @@ def test_the_legend_of_long_names_stays_within_the_column() -> None:
         figure = history_figures.learning_curves(histories(), "val/top1", names)
         figure.canvas.draw()
         box, (axis,) = figure.legends[0].get_window_extent(), figure.axes
-        assert 0 <= box.x0 and box.x1 <= figure.get_size_inches()[0] * figure.dpi
+        assert box.x0 >= 0 and box.x1 <= figure.get_size_inches()[0] * figure.dpi
         assert axis.get_window_extent().height > 1.2 * figure.dpi and not box.overlaps(axis.get_tightbbox())
 
 
