@@ -194,16 +194,15 @@ class Torture:
     def suffer(self) -> None:
         """Kill workers until there were enough kills or the work is done."""
         total = self.given.kills
-        others: dict[int, Callable[[], None]] = {
-            round(total * share): action
-            for share, action in (
-                (0.15, self.stop_the_server),
-                (0.3, self.fill_the_disk),
-                (0.5, self.stop_the_server),
-                (0.65, self.lock_the_ledger),
-                (0.8, self.stop_the_server),
-            )
-        }
+        others: dict[int, list[Callable[[], None]]] = {}
+        for share, action in (
+            (0.15, self.stop_the_server),
+            (0.3, self.fill_the_disk),
+            (0.5, self.stop_the_server),
+            (0.65, self.lock_the_ledger),
+            (0.8, self.stop_the_server),
+        ):
+            others.setdefault(max(1, round(total * share)), []).append(action)
         workers = [self.start() for _ in range(self.given.workers)]
         try:
             while self.done["kills"] < total:
@@ -214,8 +213,7 @@ class Torture:
                 if workers[place].poll() is None:
                     os.killpg(workers[place].pid, signal.SIGKILL)
                     self.done["kills"] += 1
-                    action = others.pop(self.done["kills"], None)
-                    if action is not None:
+                    for action in others.pop(self.done["kills"], ()):
                         action()
                 workers[place].wait()
                 workers[place] = self.start()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import basd_here
 from stored_fakes import write_folder
 from tiny import TINY
 
@@ -41,15 +42,18 @@ class Place:
     """A working directory with a table of its own, on data that several of them share."""
 
     def __init__(self, folder: Path, data: Path, cache: Path) -> None:
-        self.folder, self.data = folder, data
+        self.folder, self.data, self.cache = folder, data, cache
         self.environment = {**os.environ, "BASD_CACHE": str(cache), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
         (folder / "experiments").mkdir(parents=True)
         (folder / "experiments" / "pair.yaml").write_text(TABLE)
 
-    def start(self, command: str, *overrides: str, processes: list[str] | None = None) -> subprocess.Popen[str]:
-        given = [*SETTINGS, f"data.root={self.data}", *overrides]
+    def words(self, command: str, *overrides: str) -> list[str]:
+        return [command, "pair", *SETTINGS, f"data.root={self.data}", *overrides]
+
+    def start(self, command: str, *overrides: str) -> subprocess.Popen[str]:
+        """The command in two processes."""
         return subprocess.Popen(
-            [sys.executable, *(processes or []), "-m", "basd", command, "pair", *given],
+            [sys.executable, *TWO, "-m", "basd", *self.words(command, *overrides)],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -58,8 +62,12 @@ class Place:
             start_new_session=True,
         )
 
-    def run(self, command: str, *overrides: str, processes: list[str] | None = None) -> tuple[int, str]:
-        started = self.start(command, *overrides, processes=processes)
+    def run(self, command: str, *overrides: str) -> tuple[int, str]:
+        """The command in this process, which starts the workers that it needs."""
+        return basd_here(*self.words(command, *overrides), cwd=self.folder, cache=self.cache)
+
+    def run_in_two(self, command: str, *overrides: str) -> tuple[int, str]:
+        started = self.start(command, *overrides)
         try:
             said = started.communicate(timeout=240)[0]
         finally:
@@ -120,7 +128,7 @@ def check_same(place: Place, alone: Place) -> None:
 @pytest.mark.slow
 def test_a_grid_in_two_processes_is_the_grid(data: Path, cache: Path, alone: Place, tmp_path: Path) -> None:
     place = Place(tmp_path / "work", data, cache)
-    code, said = place.run("grid", processes=TWO)
+    code, said = place.run_in_two("grid")
     assert code == 0, said
     # the first process speaks for all
     assert said.count("Runs:") == 1 and "Traceback" not in said, said
@@ -138,7 +146,7 @@ def test_killed_in_two_processes_it_ends_in_one(
     number: signal.Signals, data: Path, cache: Path, alone: Place, tmp_path: Path
 ) -> None:
     place = Place(tmp_path / "work", data, cache)
-    started = place.start("grid", "ledger.grace=1", processes=TWO)
+    started = place.start("grid", "ledger.grace=1")
     try:
         limit = time.monotonic() + 200
         while place.step() < 4 and time.monotonic() < limit and started.poll() is None:
@@ -159,6 +167,6 @@ def test_killed_in_two_processes_it_ends_in_one(
 @pytest.mark.slow
 def test_more_processes_than_the_batch_can_be_split_into(data: Path, cache: Path, tmp_path: Path) -> None:
     place = Place(tmp_path / "work", data, cache)
-    code, said = place.run("grid", "recipe.batch_size=6", processes=TWO)
+    code, said = place.run_in_two("grid", "recipe.batch_size=6")
     # torchrun adds its own report of a process that ended with a status
     assert code != 0 and said.count("basd: recipe.batch_size=6 cannot be split") == 1 and not place.arms(), said
