@@ -172,11 +172,11 @@ def _label_rows(axis: Axes, rows: list[tuple[str, int | None]], heights: list[fl
 
 def _name_values(axis: Axes, text: str, against: str, measured: bool, panels: int) -> None:
     """What a panel shows; of many, the figure's foot says once what is the same in all."""
-    rest = [*[f"Δ: difference {against}"] * bool(against), *["95 % intervals"] * measured]
     if panels < MOST_COLUMNS:
         axis.set_xlabel(_wrapped(f"{text} {against}".strip(), 38) + "\n95 % intervals" * measured)
         return
     axis.set_xlabel(_wrapped(text, 26))
+    rest = [*[f"Δ: difference {against}"] * bool(against), *["95 % intervals"] * measured]
     if rest:
         axis.figure.supxlabel(_wrapped(", ".join(rest), 100), fontsize=8)
 

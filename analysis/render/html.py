@@ -133,12 +133,13 @@ def table_page(table: Table, figures: Sequence[str] = ()) -> str:
     layout = table.layout
     formats = {".csv": "numbers (CSV)", ".runs.csv": "runs (CSV)", ".tex": "LaTeX", ".md": "Markdown"}
     files = [link(f"{layout.name}{ending}", what) for ending, what in formats.items()]
+    details = table.details
     body = [
         *head(layout.title),
         *_table(table),
         *notes_list(table.notes),
-        *(["<h2>Differences</h2>"] if table.details else []),
-        *(line for one in table.details for line in _table(one)),
+        *(["<h2>Differences</h2>"] if details else []),
+        *(line for one in details for line in _table(one)),
         f"<p>Files: {', '.join(files)}.</p>",
         *pictures(figures),
     ]
