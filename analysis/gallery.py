@@ -89,6 +89,7 @@ class Gallery:
     def _models(self, frame: pd.DataFrame, layout: Layout) -> Iterator[tuple[str, Figure | None]]:
         from analysis import model_figures
         from analysis.trained import Distances
+        from basd.training.device import cpu_threads
 
         own: dict[str, Callable[[TrainedArm], Figure]] = {
             "attention": lambda arm: model_figures.attention_maps(arm, IMAGE),
@@ -102,9 +103,11 @@ class Gallery:
             arm = self._open(row, labels.get(row, row), frame)
             if arm is None:
                 continue
-            for what, make in own.items():
-                yield f"{what}-{as_file_name(row)}", make(arm)
-            distances.append(Distances.of(arm))
+            # the bytes of a figure must not depend on the number of cores
+            with cpu_threads(1):
+                made = {f"{what}-{as_file_name(row)}": make(arm) for what, make in own.items()}
+                distances.append(Distances.of(arm))
+            yield from made.items()
         if distances:
             yield "distance", model_figures.attention_distance(distances)
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from basd.errors import UserError
 from basd.grid.finished import FinishedArm
 from basd.models.student import StudentConfig, build_student
+from basd.training.device import cpu_threads
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
@@ -274,13 +275,13 @@ def _onnx_difference(student: VisionTransformer, path: Path, images: Tensor) -> 
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     largest = 0.0
     for batch in (images[:1], images, torch.cat([images, images[:1].flip(-1)])):
         (found,) = session.run(["logits"], {"images": batch.numpy()})
-        with torch.inference_mode():
+        with cpu_threads(1), torch.inference_mode():
             wanted = student(batch)
         if found.shape != tuple(wanted.shape):
             return math.inf

@@ -33,6 +33,7 @@ from basd.models.checkpoints import check_fit, native_size, read_checkpoint
 from basd.models.teacher import DigitsViTConfig, build_digits_vit, build_timm_teacher
 from basd.training import random_streams as streams
 from basd.training.checkpoint import sync_directory
+from basd.training.device import cpu_threads
 from basd.training.probes import L2_STRENGTHS, check_labels, empty_probe, fit_probe
 from basd.training.recipe import learning_rate
 
@@ -233,7 +234,7 @@ def _fitted_once(
 ) -> tuple[Facts, bool]:
     """Weights of `module` from the cache, or from `fit()`, which sets them in place and returns facts to keep beside them.
 
-    Processes that ask at the same time wait for the one that fits. `figures`: the facts that must be numbers. Returns the
+    `fit()` runs on one CPU thread, so that machines with any number of cores fit the same weights. Processes that ask at the same time wait for the one that fits. `figures`: the facts that must be numbers. Returns the
     facts and whether this call fitted.
     """
     folder, beside = path.parent, path.with_suffix(".json")
@@ -245,7 +246,9 @@ def _fitted_once(
         with _locked(path.with_suffix(".lock")):
             if path.exists() and beside.exists():
                 return _cached(path, module, figures), False
-            facts = fit()
+            # the weights must not depend on the number of cores
+            with cpu_threads(1):
+                facts = fit()
             # facts of other weights must never stand beside these
             beside.unlink(missing_ok=True)
             _put(path, save(module.state_dict()))
