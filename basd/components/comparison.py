@@ -1,6 +1,7 @@
 """What the losses of one arm read at one step: student and teacher brought together, each part computed when it is read.
 
-Order on the teacher's side (rule 4): clean tokens → layer mixture → token aligner → target mixing on the student's grid.
+Order on the teacher's side: clean tokens → layer mixture → token aligner → target mixing on the student's grid. A token loss
+then compares the same place of the image on both sides.
 """
 
 from __future__ import annotations
