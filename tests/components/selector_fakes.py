@@ -1,5 +1,7 @@
 """Sizes, tokens and teacher outputs for the tests of layer selectors."""
 
+from functools import lru_cache
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -50,9 +52,8 @@ def small_teacher() -> TeacherOutput:
     return Teacher(model)(randn(3, 3, 12, 20))
 
 
-def teacher_with(tokens: Tensor, grid: tuple[int, int]) -> TeacherOutput:
-    """A teacher's output with these patch tokens, (L, B, N_t, D_t)."""
-    layers, batch, _, width = tokens.shape
+@lru_cache
+def teacher_of(layers: int, width: int, grid: tuple[int, int]) -> Teacher:
     model = VisionTransformer(
         img_size=(2 * grid[0], 2 * grid[1]),
         patch_size=2,
@@ -62,7 +63,13 @@ def teacher_with(tokens: Tensor, grid: tuple[int, int]) -> TeacherOutput:
         num_heads=1,
         mlp_ratio=1.0,
     )
-    output = Teacher(model, attention=False)(torch.zeros(batch, 3, 2 * grid[0], 2 * grid[1]))
+    return Teacher(model, attention=False)
+
+
+def teacher_with(tokens: Tensor, grid: tuple[int, int]) -> TeacherOutput:
+    """A teacher's output with these patch tokens, (L, B, N_t, D_t)."""
+    layers, batch, _, width = tokens.shape
+    output = teacher_of(layers, width, grid)(torch.zeros(batch, 3, 2 * grid[0], 2 * grid[1]))
     assert output.tokens.shape == tokens.shape and output.grid == grid
     output.tokens = tokens
     return output

@@ -1,4 +1,4 @@
-"""What losses read of the teacher outside its patch tokens, against loops over images, points and layers in float64."""
+"""The teacher's targets besides its patch tokens, against loops over images, points and layers in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from each import each
 from objective_fakes import BATCH, CLASSES, MIXES, POINTS, build_student, build_teacher, data, generator, sizes
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def teacher() -> Teacher:
     torch.manual_seed(2)
     head = nn.Linear(16, CLASSES)
     with torch.no_grad():
-        # as many classes as images can decide for
+        # the images get different classes
         head.weight.mul_(4)
         head.bias.copy_(-head.weight @ made(data()[1]).features.mean(0))
     return Teacher(made.model, head=head)
@@ -69,44 +70,33 @@ def close(got: Tensor, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_teacher_features_are_mixed_like_the_labels(mix: str, teacher: Teacher) -> None:
+@each("mix", MIXES)
+def test_teacher_features_and_logits_are_mixed_like_the_labels(mix: str, teacher: Teacher) -> None:
     close(comparison(teacher, mix).teacher_features, mixed(features_of(teacher), mix))
-
-
-@pytest.mark.parametrize("mix", MIXES)
-def test_teacher_logits_are_mixed_like_the_labels(mix: str, teacher: Teacher) -> None:
     close(comparison(teacher, mix).teacher_logits, mixed(logits_of(teacher), mix))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("mix", MIXES)
-def test_teacher_probabilities_are_mixed_after_the_softmax(mix: str, temperature: float, teacher: Teacher) -> None:
-    rows = []
-    for logits in logits_of(teacher):
-        powers = [math.exp(value / temperature) for value in logits]
-        rows.append([power / sum(powers) for power in powers])
-    got = comparison(teacher, mix).teacher_probabilities(temperature)
-    close(got, mixed(np.array(rows), mix))
-    torch.testing.assert_close(got.sum(-1), torch.ones(BATCH))
-    if temperature == 1.0:
-        close(comparison(teacher, mix).teacher_probabilities(), mixed(np.array(rows), mix))
-
-
-@pytest.mark.parametrize("mix", MIXES)
-def test_teacher_decisions_are_mixed_one_hots(mix: str, teacher: Teacher) -> None:
+@each("mix", MIXES)
+def test_teacher_probabilities_and_decisions_are_mixed_after_the_softmax(mix: str, teacher: Teacher) -> None:
+    made, logits = comparison(teacher, mix), logits_of(teacher)
+    for temperature in (1.0, 4.0):
+        powers = np.array([[math.exp(value / temperature) for value in row] for row in logits])
+        got = made.teacher_probabilities(temperature)
+        close(got, mixed(powers / powers.sum(axis=1, keepdims=True), mix))
+        torch.testing.assert_close(got.sum(-1), torch.ones(BATCH))
+    assert torch.equal(made.teacher_probabilities(), made.teacher_probabilities(1.0))
     rows = np.zeros((BATCH, CLASSES))
-    for b, logits in enumerate(logits_of(teacher)):
-        rows[b, max(range(CLASSES), key=lambda c: logits[c])] = 1
+    for b, row in enumerate(logits):
+        rows[b, list(row).index(max(row))] = 1
     assert (rows != rows[::-1]).any()
-    close(comparison(teacher, mix).teacher_decisions(), mixed(rows, mix))
+    close(made.teacher_decisions(), mixed(rows, mix))
 
 
 def normalised(row: np.ndarray) -> np.ndarray:
     return (row - row.mean()) / math.sqrt(row.var() + 1e-5)
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@each("mix", MIXES)
 def test_target_cls_mixes_layers_then_images(mix: str, teacher: Teacher) -> None:
     cls = teacher(data()[1]).cls.double().numpy()
     points = []
@@ -119,7 +109,7 @@ def test_target_cls_mixes_layers_then_images(mix: str, teacher: Teacher) -> None
     close(comparison(teacher, mix).target_cls, np.stack(points))
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@each("mix", MIXES)
 def test_without_normalisation_targets_are_the_teachers_own_states(mix: str, teacher: Teacher) -> None:
     out = teacher(data()[1])
     tokens, cls = out.tokens.double().numpy(), out.cls.double().numpy()

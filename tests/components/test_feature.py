@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from each import each
 from torch import Tensor
 
 from basd.components.comparison import CLS, PROJECTION, TOKENS, Bridges, Comparison
@@ -35,7 +36,7 @@ def build(samples: str = "patches") -> FeatureLoss:
 
 
 def comparison(**parts: Tensor) -> Comparison:
-    """A comparison that has these parts; reading another one fails."""
+    """A comparison that has these parts only; reading another one fails."""
     nothing: Any = SimpleNamespace()
     made = Comparison(Bridges(), SIZES, nothing, nothing, labels=torch.zeros(0), generator=lambda _: torch.Generator())
     for name, value in parts.items():
@@ -49,9 +50,9 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> float:
     return sum((a - b) ** 2 for a, b in pairs) / student.numel()
 
 
-@pytest.mark.parametrize("samples", READS)
+@each("samples", READS)
 def test_feature_equals_loops(samples: str) -> None:
-    """`both` is the mean of two means: the class token counts as much as all patches together."""
+    """`both` is the mean of two means: the class token has the weight of all patches together."""
     patches, targets = 2 * randn(2, 3, 15, 8) + 1, randn(2, 3, 15, 8, seed=1)
     cls, target_cls = randn(2, 3, 8, seed=2) - 3, randn(2, 3, 8, seed=3)
     parts: dict[str, Tensor] = {}
@@ -66,16 +67,19 @@ def test_feature_equals_loops(samples: str) -> None:
     assert float(build(samples).compare(comparison(**parts))) == pytest.approx(sum(means) / len(means), rel=1e-5)
 
 
-def test_bounds() -> None:
-    """0 for a match, 1 for a student that says nothing of a layer-normalised target, 2 for an unrelated one."""
+def test_bounds_and_shapes() -> None:
+    """For a layer-normalised target: 0 for a match, 1 for a student of zeros, 2 for an unrelated student."""
     student, teacher = (F.layer_norm(randn(2, 8, 15, 32, seed=seed), (32,)) for seed in range(2))
     loss = build()
     assert float(loss(teacher, teacher)) == 0
     assert float(loss(torch.zeros_like(teacher), teacher)) == pytest.approx(1, abs=1e-3)
     assert float(loss(student, teacher)) == pytest.approx(2, abs=0.1)
+    for shape in ((2, 3, 16, 8), (2, 3, 1, 8), (2, 3, 15, 1), (1, 3, 15, 8)):
+        with pytest.raises(AssertionError):
+            loss(randn(*shape), randn(2, 3, 15, 8))
 
 
-@pytest.mark.parametrize("case", ["random", "zeros", "match"])
+@each("case", ["random", "zeros", "match"])
 def test_gradient_reaches_both_sides(case: str) -> None:
     student, teacher = randn(2, 3, 15, 8), randn(2, 3, 15, 8, seed=1)
     if case == "zeros":
@@ -88,9 +92,3 @@ def test_gradient_reaches_both_sides(case: str) -> None:
     assert student.grad is not None and teacher.grad is not None
     torch.testing.assert_close(student.grad, 2 * (student - teacher).detach() / student.numel())
     torch.testing.assert_close(teacher.grad, -student.grad)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 16, 8), (2, 3, 1, 8), (2, 3, 15, 1), (1, 3, 15, 8)])
-def test_different_shapes_are_noticed(shape: tuple[int, ...]) -> None:
-    with pytest.raises(AssertionError):
-        build()(randn(*shape), randn(2, 3, 15, 8))

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from each import each
 from torch import Tensor
 
 from basd.components.head_aligners import HEAD_ALIGNERS
@@ -58,38 +59,26 @@ def stacked(x: Tensor) -> Tensor:
     return torch.cat(list(x), dim=1)
 
 
-@pytest.mark.parametrize("student_heads, teacher_heads", HEADS)
-def test_conv_is_a_convolution_over_heads_before_the_softmax(student_heads: int, teacher_heads: int) -> None:
+@each("student_heads, teacher_heads", HEADS)
+@each("name, stack", [("conv", "point"), ("conv", "all"), ("convex", "all")])
+def test_heads_are_mixed_by_a_convolution(name: str, stack: str, student_heads: int, teacher_heads: int) -> None:
+    """`conv` mixes scores before the softmax, `convex` probabilities; with stack=all the heads of all points."""
     s = sizes(student_heads, teacher_heads)
-    aligner = build("conv", s)
-    weight = weight_of(aligner, 3, teacher_heads, student_heads)  # no bias
+    aligner = build(name, s, stack=stack)
+    weight = weight_of(aligner, 3, teacher_heads, student_heads * (3 if stack == "all" else 1))  # no bias
     scores, maps = draw(s)
     got, target = aligner(scores, maps)
     for m in range(3):
-        expected = F.conv2d(scores[m].double(), weight[m, :, :, None, None]).log_softmax(-1)
-        torch.testing.assert_close(got[m].double(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(target, maps)
-
-
-@pytest.mark.parametrize("student_heads, teacher_heads", HEADS)
-@pytest.mark.parametrize("name", ["conv", "convex"])
-def test_stacked_heads_are_those_of_all_points(name: str, student_heads: int, teacher_heads: int) -> None:
-    s = sizes(student_heads, teacher_heads)
-    aligner = build(name, s, stack="all")
-    weight = weight_of(aligner, 3, teacher_heads, 3 * student_heads)
-    scores, maps = draw(s)
-    got, target = aligner(scores, maps)
-    for m in range(3):
+        heads = stacked(scores.double()) if stack == "all" else scores[m].double()
         if name == "conv":
-            expected = F.conv2d(stacked(scores.double()), weight[m, :, :, None, None]).log_softmax(-1)
+            expected = F.conv2d(heads, weight[m, :, :, None, None]).log_softmax(-1)
         else:
-            shares = weight[m].softmax(dim=1)[:, :, None, None]
-            expected = F.conv2d(stacked(scores.double().softmax(-1)), shares).log()
+            expected = F.conv2d(heads.softmax(-1), weight[m].softmax(dim=1)[:, :, None, None]).log()
         torch.testing.assert_close(got[m].double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(target, maps)
 
 
-@pytest.mark.parametrize("student_heads, teacher_heads", HEADS)
+@each("student_heads, teacher_heads", HEADS)
 def test_convex_combines_probabilities(student_heads: int, teacher_heads: int) -> None:
     s = sizes(student_heads, teacher_heads)
     aligner = build("convex", s)
@@ -106,8 +95,8 @@ def test_convex_combines_probabilities(student_heads: int, teacher_heads: int) -
     assert torch.equal(target, maps)
 
 
-@pytest.mark.parametrize("name, stack", [("conv", "point"), ("conv", "all"), ("convex", "point"), ("convex", "all")])
-@pytest.mark.parametrize("student_heads, teacher_heads", [(3, 6), (2, 5), (4, 1), (3, 3), (2, 4)])
+@each("name, stack", [("conv", "point"), ("conv", "all"), ("convex", "point"), ("convex", "all")])
+@each("student_heads, teacher_heads", [(3, 6), (2, 5), (4, 1), (3, 3), (2, 4)])
 def test_start_is_the_nearest_head_of_the_same_point(
     name: str, stack: str, student_heads: int, teacher_heads: int
 ) -> None:
@@ -126,12 +115,12 @@ def test_start_is_the_nearest_head_of_the_same_point(
             if name == "conv":
                 assert abs(own - 1) < 0.1 and all(abs(w) < 0.1 for w in others)
             else:
-                # not so sure of itself that the softmax has no gradient left
+                # the softmax still has a gradient
                 assert own == pytest.approx(0.75, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["conv", "convex"])
-def test_stack_says_which_points_are_read(name: str) -> None:
+@each("name", ["conv", "convex"])
+def test_stack_selects_the_points_that_are_read(name: str) -> None:
     s = sizes(2, 3)
     for stack in ("point", "all"):
         aligner = build(name, s, stack=stack)
@@ -139,19 +128,16 @@ def test_stack_says_which_points_are_read(name: str) -> None:
         scores.requires_grad_()
         got, _ = aligner(scores, maps)
         (grad,) = torch.autograd.grad((got[1] * torch.randn_like(got[1])).sum(), scores)
-        assert grad[1].any() and bool(grad[0].any()) is bool(grad[2].any()) is (stack == "all")
-
-
-@pytest.mark.parametrize("name", ["conv", "convex"])
-def test_stacking_one_point_is_the_same_computation(name: str) -> None:
+        assert grad[1].any() and bool(grad[0].any()) is bool(grad[2].any()) is (stack == "all"), stack
+    # with one point both settings are the same computation
     s = sizes(2, 3, points=1)
     one, other = (build(name, s, stack=stack) for stack in ("point", "all"))
     scores, maps = draw(s)
     assert torch.equal(one(scores, maps)[0], other(scores, maps)[0])
 
 
-@pytest.mark.parametrize("name", ["conv", "convex"])
-@pytest.mark.parametrize("stack", ["point", "all"])
+@each("name", ["conv", "convex"])
+@each("stack", ["point", "all"])
 def test_heads_start_different_and_learn(name: str, stack: str) -> None:
     s = sizes(3, 6)
     aligner = build(name, s, stack=stack)
@@ -167,7 +153,7 @@ def test_heads_start_different_and_learn(name: str, stack: str) -> None:
 
 
 def test_convex_finds_a_mixture_of_heads() -> None:
-    """Teacher heads that are mixtures of the student's: the shares are found from the start."""
+    """Where the teacher's heads are mixtures of the student's, training finds the shares."""
     s = sizes(3, 4, points=1)
     aligner = build("convex", s)
     scores, _ = draw(s, batch=4, gain=3)
@@ -183,7 +169,7 @@ def test_convex_finds_a_mixture_of_heads() -> None:
     torch.testing.assert_close(found, shares, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("student_heads, teacher_heads", HEADS)
+@each("student_heads, teacher_heads", HEADS)
 def test_mean_averages_both_sides(student_heads: int, teacher_heads: int) -> None:
     s = sizes(student_heads, teacher_heads)
     aligner = build("mean", s)
@@ -208,8 +194,8 @@ def test_none_is_the_identity() -> None:
 # -- a2d --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("student_heads, teacher_heads", HEADS)
-@pytest.mark.parametrize("points, depth", [(3, 2), (1, 4), (2, 1)])
+@each("student_heads, teacher_heads", HEADS)
+@each("points, depth", [(3, 2), (1, 4), (2, 1)])
 def test_a2d_equals_loops(student_heads: int, teacher_heads: int, points: int, depth: int) -> None:
     s = sizes(student_heads, teacher_heads, points, depth)
     aligner = build("a2d", s)
@@ -242,9 +228,9 @@ def test_a2d_reads_every_layer_and_decays() -> None:
     assert build("a2d", s, decay=0.5).decay == 0.5
 
 
-@pytest.mark.parametrize("queries, keys", [(10, 10), (26, 26), (60, 30), (197, 197)])
-def test_the_published_target_is_nearly_uniform(queries: int, keys: int) -> None:
-    """Whatever the teacher does, its flattened target is within 1/K nats of uniform; its rows reach log K."""
+@each("queries, keys", [(10, 10), (26, 26), (60, 30), (197, 197)])
+def test_the_published_a2d_target_is_nearly_uniform(queries: int, keys: int) -> None:
+    """For any teacher the flattened target is within 1/K nats of uniform, where rows can be log K away."""
     s = sizes(2, 3, points=1, teacher_depth=1)
     aligner = build("a2d", s)
     scores = torch.zeros(1, 1, 2, queries, keys)
@@ -260,7 +246,7 @@ def test_the_published_target_is_nearly_uniform(queries: int, keys: int) -> None
         assert informations[name] < 1.05 / keys
         assert informations[name] < by_rows * 1.2 / keys
     assert informations["one key per query"] == max(informations.values())
-    # exactly: Q entries of weight e among Q·(K−1) of weight 1
+    # in closed form: Q entries of weight e among Q·(K−1) of weight 1
     mass = keys - 1 + math.e
     exact = math.e / mass * math.log(math.e * keys / mass) + (keys - 1) / mass * math.log(keys / mass)
     assert informations["one key per query"] == pytest.approx(exact, rel=1e-3)
@@ -270,8 +256,8 @@ def test_the_published_target_is_nearly_uniform(queries: int, keys: int) -> None
 # -- all --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", HEAD_ALIGNERS)
-@pytest.mark.parametrize("gain", [0.0, 1.0, 1e3, 1e6])
+@each("name", HEAD_ALIGNERS)
+@each("gain", [0.0, 1.0, 1e3, 1e6])
 def test_both_sides_are_distributions_with_finite_gradients(name: str, gain: float) -> None:
     heads = 3
     s = sizes(heads, heads)
@@ -282,7 +268,7 @@ def test_both_sides_are_distributions_with_finite_gradients(name: str, gain: flo
     assert got.shape == target.shape
     for side in (got.exp(), target):
         torch.testing.assert_close(side.sum(-1), torch.ones(side.shape[:-1]))
-    # a teacher that is sure of a key that the student gives nothing
+    # the teacher is sure of a key to which the student gives probability 0
     (torch.eye(got.shape[-1])[0] * got).sum().backward()
     for tensor in (scores, *aligner.parameters()):
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all()

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from each import each
 from torch import Tensor
 
 from basd.components.comparison import LOGITS
@@ -47,9 +48,9 @@ def naive_kd(student: Tensor, target: Tensor, temperature: float) -> float:
     return temperature**2 * float(np.mean(values))
 
 
-@pytest.mark.parametrize("kind", ["kd", "deit_soft"])
-@pytest.mark.parametrize("temperature", [1.0, 3.0, 4.0])
-@pytest.mark.parametrize("batch, classes", [(6, 5), (1, 3), (4, 11)])
+@each("kind", ["kd", "deit_soft"])
+@each("temperature", [1.0, 3.0, 4.0])
+@each("batch, classes", [(6, 5), (1, 3), (4, 11)])
 def test_divergence_equals_loops(kind: str, temperature: float, batch: int, classes: int) -> None:
     student, target = 3 * randn(batch, classes), (2 * randn(batch, classes, seed=1)).softmax(-1)
     target[0] = torch.eye(classes)[1]  # a row with zeros
@@ -60,7 +61,7 @@ def test_divergence_equals_loops(kind: str, temperature: float, batch: int, clas
     assert by_element == pytest.approx(expected / classes, rel=1e-4)
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.3])
+@each("lam", [1.0, 0.3])
 def test_hard_distillation_equals_loops(lam: float) -> None:
     student = 3 * randn(6, 5)
     decisions = torch.eye(5)[torch.tensor([0, 3, 3, 1, 4, 2])]
@@ -68,12 +69,12 @@ def test_hard_distillation_equals_loops(lam: float) -> None:
     expected = 0.0
     for row, p in zip(student.double().numpy(), target.tolist(), strict=True):
         expected -= sum(a * math.log(b) for a, b in zip(p, naive_softmax(row), strict=True)) / 6
-    # neither the temperature nor the reduction is in it
+    # neither the temperature nor the reduction has an effect
     for options in ({}, {"temperature": 9.0}, {"reduction": "elements"}):
         assert float(build(kind="deit_hard", **options)(student, target)) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@each("temperature", [1.0, 4.0])
 def test_a_match_of_mixed_targets_is_zero(temperature: float) -> None:
     probabilities = (2 * randn(6, 5)).softmax(-1)
     mixed = 0.3 * probabilities + 0.7 * probabilities.flip(0)
@@ -96,9 +97,9 @@ def test_at_high_temperature_logits_are_matched() -> None:
     torch.testing.assert_close(student.grad, expected, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["kd", "deit_soft", "deit_hard"])
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+@each("kind", ["kd", "deit_soft", "deit_hard"])
+@each("temperature", [1.0, 4.0])
+@each("scale", [0.0, 1.0, 1e4])
 def test_gradients_are_finite(kind: str, temperature: float, scale: float) -> None:
     student = (scale * randn(6, 5)).requires_grad_()
     teacher = (scale * randn(6, 5, seed=1) / temperature).softmax(-1)
@@ -109,7 +110,7 @@ def test_gradients_are_finite(kind: str, temperature: float, scale: float) -> No
 
 
 class Fake:
-    """A comparison with logits only; notes what was asked of the teacher."""
+    """A comparison with logits only; it records the temperatures and decisions that the loss asks for."""
 
     def __init__(self, token: bool) -> None:
         self.asked: list[Any] = []
@@ -126,9 +127,13 @@ class Fake:
         return torch.eye(5)[self.logits.argmax(-1)]
 
 
-@pytest.mark.parametrize("token", [False, True])
-@pytest.mark.parametrize("kind", ["kd", "deit_soft", "deit_hard"])
+@each("token", [False, True])
+@each("kind", ["kd", "deit_soft", "deit_hard"])
 def test_compare_picks_the_head_and_the_target(kind: str, token: bool) -> None:
+    """The distillation token's head for the DeiT forms, the class token's otherwise."""
+    config = LogitLossConfig()
+    assert not config.enabled and config.reads == {LOGITS}
+    assert (config.kind, config.temperature, config.reduction) == ("kd", 4.0, "batch")
     fake: Any = Fake(token)
     loss = build(kind=kind, temperature=3.0)
     value = float(loss.compare(fake))
@@ -140,12 +145,6 @@ def test_compare_picks_the_head_and_the_target(kind: str, token: bool) -> None:
         expected = naive_kd(head, (fake.logits / 3).softmax(-1), 3.0)
         assert fake.asked == [3.0]
     assert value == pytest.approx(expected, rel=1e-4)
-
-
-def test_config() -> None:
-    config = LogitLossConfig()
-    assert not config.enabled and config.reads == {LOGITS}
-    assert (config.kind, config.temperature, config.reduction) == ("kd", 4.0, "batch")
 
 
 def test_different_class_counts_are_noticed() -> None:

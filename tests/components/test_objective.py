@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from each import each
 from objective_fakes import (
     CLASSES,
     CUTMIX,
@@ -31,7 +32,7 @@ from basd.components.token_aligners import TOKEN_ALIGNERS
 from basd.components.warmup import WARMUPS
 from basd.components.weighting import WEIGHTINGS
 from basd.models.student import TappedStudent
-from basd.models.teacher import Teacher, TeacherOutput
+from basd.models.teacher import Teacher
 from basd.objective import Objective, ObjectiveConfig
 
 
@@ -57,11 +58,12 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
-def test_weight_of_the_cross_entropy(weight: float, teacher: Teacher) -> None:
-    parts = numbers(run(make(objective=ObjectiveConfig(ce_weight=weight)), teacher))
+def test_weight_of_the_cross_entropy(teacher: Teacher) -> None:
     plain = numbers(run(make(), teacher))
-    assert parts["train/loss"] - plain["train/loss"] == pytest.approx((weight - 1) * plain["train/ce"], abs=1e-5)
+    for weight in (0.0, 0.5, 2.0):
+        parts = numbers(run(make(objective=ObjectiveConfig(ce_weight=weight)), teacher))
+        added = (weight - 1) * plain["train/ce"]
+        assert parts["train/loss"] - plain["train/loss"] == pytest.approx(added, abs=1e-5), weight
 
 
 def test_named_parts(teacher: Teacher) -> None:
@@ -72,13 +74,16 @@ def test_named_parts(teacher: Teacher) -> None:
     assert not any(name.startswith("aligner/") for name in output.parts)
     for name, value in output.parts.items():
         assert isinstance(value, float | int) or (value.ndim == 0 and not value.requires_grad), name
+    for name in LOSSES:
+        # every loss starts near 1
+        assert 0.4 < number(output.parts[f"loss/{name}"]) < 2.0, name
     diagnosed = set(run(make(), teacher, diagnose=True).parts) - set(output.parts)
     kinds = ("input_variance_share", "spatial_variance_share", "row_entropy", "effective_rank")
     assert diagnosed == {"rsd/floor", *(f"aligner/{kind}/{point}" for kind in kinds for point in POINTS)}
 
 
-@pytest.mark.parametrize("warmup", WARMUPS)
-@pytest.mark.parametrize("step", [0, 7, 12, 18, 60])
+@each("warmup", WARMUPS)
+@each("step", [0, 7, 12, 18, 60])
 def test_total_is_the_sum_of_the_parts(warmup: str, step: int, teacher: Teacher) -> None:
     output = run(make(warmup=WARMUPS[warmup]()), teacher, step=step)
     parts = numbers(output)
@@ -91,7 +96,7 @@ def test_total_is_the_sum_of_the_parts(warmup: str, step: int, teacher: Teacher)
     assert parts["train/loss"] == number(output.total)
 
 
-@pytest.mark.parametrize("enabled", [c for k in range(1, 5) for c in itertools.combinations(LOSSES, k)])
+@each("enabled", [c for k in range(1, 5) for c in itertools.combinations(LOSSES, k)])
 def test_every_set_of_losses(enabled: tuple[str, ...], teacher: Teacher) -> None:
     objective = make(enabled)
     output = run(objective, teacher)
@@ -99,17 +104,6 @@ def test_every_set_of_losses(enabled: tuple[str, ...], teacher: Teacher) -> None
     output.total.backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
-
-
-def test_losses_start_near_one(teacher: Teacher) -> None:
-    parts = numbers(run(make(), teacher))
-    for name in LOSSES:
-        assert 0.4 < parts[f"loss/{name}"] < 2.0, name
-
-
-def test_same_inputs_same_bits(teacher: Teacher) -> None:
-    first, second = run(make(), teacher, mix=CUTMIX), run(make(), teacher, mix=CUTMIX)
-    assert numbers(first) == numbers(second)
 
 
 def test_weights_carry_no_gradient(teacher: Teacher) -> None:
@@ -132,7 +126,7 @@ def test_weights_carry_no_gradient(teacher: Teacher) -> None:
 # -- entropy term -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entropy, sign, offset", [("sparsify", 1, 0), ("spread", -1, 1), ("none", 0, 0)])
+@each("entropy, sign, offset", [("sparsify", 1, 0), ("spread", -1, 1), ("none", 0, 0)])
 def test_entropy_term(entropy: str, sign: int, offset: int, teacher: Teacher) -> None:
     config = SELECTORS["adaptive_spectral"](entropy=entropy, entropy_weight=0.3)
     parts = numbers(run(make(selector=config), teacher))
@@ -144,7 +138,12 @@ def test_entropy_term(entropy: str, sign: int, offset: int, teacher: Teacher) ->
     assert parts["selector/entropy"] == pytest.approx(sum(by_point) / 2)
 
 
-def test_entropy_term_stops_with_attention_alone(teacher: Teacher) -> None:
+def test_without_a_gradient_for_the_selector_there_is_no_entropy_term(teacher: Teacher) -> None:
+    for selector in ("uniform", "forward"):
+        parts = numbers(run(make(selector=SELECTORS[selector]()), teacher))
+        total = parts["train/ce"] + sum(parts[f"weight/{n}"] * parts[f"loss/{n}"] for n in LOSSES)
+        assert parts["train/loss"] == pytest.approx(total, rel=1e-5), selector
+    # the attention loss gives no selector a gradient
     objective = make(("attn",), selector=SELECTORS["adaptive_spectral"](entropy_weight=0.3))
     output = run(objective, teacher)
     parts = numbers(output)
@@ -153,47 +152,24 @@ def test_entropy_term_stops_with_attention_alone(teacher: Teacher) -> None:
     assert not any(has for name, has in gradients(objective).items() if name.startswith("selector."))
 
 
-@pytest.mark.parametrize("selector", ["uniform", "forward"])
-def test_controls_have_no_entropy_term(selector: str, teacher: Teacher) -> None:
-    parts = numbers(run(make(selector=SELECTORS[selector]()), teacher))
-    total = parts["train/ce"] + sum(parts[f"weight/{n}"] * parts[f"loss/{n}"] for n in LOSSES)
-    assert parts["train/loss"] == pytest.approx(total, rel=1e-5)
-
-
-# -- off means not computed -------------------------------------------------------------------------------------------
-
-
-def test_what_is_off_does_not_exist() -> None:
-    objective = make(("attn",))
-    assert objective.token_aligner is None and objective.projections is None
-    assert set(objective.losses) == {"attn"}
-    objective = make(("rsd",))
-    assert objective.head_aligner is None and objective.projections is None and not objective.demands.maps
-    assert make(("rel",)).projections is not None and make(("spectral",)).projections is not None
-    assert make(("rel",), s=sizes(width=12)).projections is None
+# -- what is off is neither built nor computed -------------------------------------------------------------------------------------------
 
 
 ALL = (*LOSSES, "logit", "feature")
 
 
-@pytest.mark.parametrize("off", ALL)
-def test_off_is_neither_built_nor_computed(off: str, teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_off_is_not_built(teacher: Teacher) -> None:
     seen = Teacher(teacher.model, head=nn.Linear(16, CLASSES))
     complete = make(ALL)
-    kind = type(complete.losses[off])
-    calls = []
-    original = kind.compare
-    monkeypatch.setattr(kind, "compare", lambda self, comparison: calls.append(off) or original(self, comparison))
-    assert f"loss/{off}" in numbers(run(complete, seen)) and calls == [off]
-    rest = make(tuple(name for name in ALL if name != off))
-    assert off not in rest.losses
-    parts = numbers(run(rest, seen))
-    assert calls == [off], "computed although it is off"
-    assert not {name for name in parts if name.endswith(f"/{off}")}
+    assert {f"loss/{name}" for name in ALL} <= set(numbers(run(complete, seen)))
+    for off in ALL:
+        rest = make(tuple(name for name in ALL if name != off))
+        assert set(complete.losses) - set(rest.losses) == {off}
+        assert not {name for name in numbers(run(rest, seen)) if name.endswith(f"/{off}")}, off
 
 
-@pytest.mark.parametrize(
-    ("enabled", "settings", "built"),
+@each(
+    "enabled, settings, built",
     [
         (("logit",), {}, set()),
         (("rsd",), {"rsd": {"samples": "pre_logits"}}, set()),
@@ -211,41 +187,46 @@ def test_only_what_a_loss_reads_is_built(enabled: tuple[str, ...], settings: dic
     objective = make(enabled, **settings)
     parts = ("selector", "token_aligner", "head_aligner", "projections")
     assert {name for name in parts if getattr(objective, name) is not None} == built
+    assert set(objective.losses) == set(enabled) and objective.demands.maps == ("attn" in enabled)
+    assert make(("rel",), s=sizes(width=12)).projections is None
 
 
-def test_a_loss_with_ramp_zero_is_not_computed(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_with_ramp_zero_is_not_computed(teacher: Teacher) -> None:
     objective = make(warmup=WARMUPS["staggered"]())  # starts 0, 5, 10, 15
-    heads = Calls(objective.head_aligner)
-    # the attention loss is computed from what its head aligner gives, some images at a time
-    losses = {name: heads if name == "attn" else Calls(objective.losses[name]) for name in LOSSES}
-    maps: list[int] = []
-    original = TeacherOutput.attention
-    monkeypatch.setattr(TeacherOutput, "attention", lambda self, grid: (maps.append(1), original(self, grid))[1])
+    # the attention loss is computed from the output of its head aligner, some images at a time
+    losses = {name: Calls(objective.head_aligner if name == "attn" else objective.losses[name]) for name in LOSSES}
+    assert objective.projections is not None
+    projections = [Calls(module) for module in objective.projections.modules() if isinstance(module, nn.Linear)]
     for step, expected in ((0, [1, 0, 0, 0]), (6, [2, 1, 0, 0]), (12, [3, 2, 1, 0]), (18, [4, 3, 2, 1])):
         output = run(objective, teacher, step=step)
-        assert [losses[name].count for name in LOSSES] == expected
-        assert len(maps) == heads.count == expected[2]
+        assert [losses[name].count for name in LOSSES] == expected, step
         active = [name for name in LOSSES if f"loss/{name}" in output.parts]
         assert active == list(LOSSES)[: 1 + (0, 6, 12, 18).index(step)]
+        if step == 0:
+            # rsd alone: nothing reads projected tokens
+            assert not any(call.count for call in projections)
+            output.total.backward()
+            assert not any(has for name, has in gradients(objective).items() if name.startswith("projections."))
+    assert all(call.count == 3 for call in projections)
 
 
-def test_projections_rest_until_a_loss_reads_them(teacher: Teacher) -> None:
-    objective = make(warmup=WARMUPS["staggered"]())
-    assert objective.projections is not None
-    calls = [Calls(module) for module in objective.projections.modules() if isinstance(module, nn.Linear)]
-    run(objective, teacher, step=0).total.backward()  # rsd only
-    assert not any(call.count for call in calls)
-    assert not any(has for name, has in gradients(objective).items() if name.startswith("projections."))
+def test_attention_is_not_rebuilt_without_attn() -> None:
+    """The other losses run with a teacher whose attention cannot be rebuilt."""
+    teacher = Teacher(build_teacher().model, attention=False)
+    run(make(("rsd", "rel", "spectral")), teacher)
+    run(make(warmup=WARMUPS["staggered"]()), teacher, step=6)
+    with pytest.raises(IndexError):
+        run(make(("attn",)), teacher)
 
 
-def test_token_parts_rest_while_only_attention_runs(teacher: Teacher) -> None:
+def test_token_parts_are_not_computed_while_only_attention_runs(teacher: Teacher) -> None:
     warmup = WARMUPS["staggered"]()
     warmup.starts.rsd = warmup.starts.rel = warmup.starts.spectral = 0.5
     objective = make(warmup=warmup)
     aligner = Calls(objective.token_aligner)
     parts = numbers(run(objective, teacher, step=20))
     assert aligner.count == 0 and "loss/attn" in parts and "loss/rsd" not in parts
-    # α gets no gradient from a loss, so there is no entropy term either
+    # no loss gives α a gradient, so there is no entropy term
     expected = parts["train/ce"] + parts["weight/attn"] * parts["ramp/attn"] * parts["loss/attn"]
     assert parts["train/loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -261,7 +242,7 @@ def test_before_any_start_only_cross_entropy_counts(teacher: Teacher) -> None:
     assert number(output.total) == pytest.approx(numbers(output)["train/ce"])
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@each("mix", MIXES)
 def test_skip_leaves_mixed_batches_without_any_loss(mix: str, teacher: Teacher) -> None:
     objective = make(mixing_targets="skip")
     selector = Calls(objective.selector)
@@ -277,7 +258,7 @@ def test_skip_leaves_mixed_batches_without_any_loss(mix: str, teacher: Teacher) 
         assert not {name for name in parts if name.startswith(("weight/", "selector/"))}
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@each("mix", MIXES)
 def test_skip_leaves_losses_that_compare_no_places(mix: str, teacher: Teacher) -> None:
     """Pre-logits features of a mixed batch are compared with features mixed like the labels, as with `follow`."""
     skipping, following = (
@@ -301,43 +282,31 @@ def test_active_says_which_losses_are_computed() -> None:
 
 def test_a2d_decays_its_loss_at_every_epoch(teacher: Teacher) -> None:
     """Align-to-Distill's ×0.9 an epoch, on the attention loss alone, times the warmup."""
-    per_epoch, s = 3, dataclasses.replace(sizes(total_steps=12), steps_per_epoch=3)
-    for decay in (0.9, 0.5):
-        for warmup in ("none", "simultaneous"):
-            config = HEAD_ALIGNERS["a2d"](decay=decay)
-            settings = WARMUPS[warmup]()
-            objective = make(("rsd", "attn"), s=s, head_aligner=config, warmup=settings)
-            for step in range(12):
-                epoch = next(e for e in range(4) if e * per_epoch <= step < (e + 1) * per_epoch)
-                plain = settings.ramp("attn", step, 12)
-                parts = numbers(run(objective, teacher, step=step))
-                assert parts["ramp/attn"] == pytest.approx(plain * decay**epoch, rel=1e-6), step
-                assert parts["ramp/rsd"] == plain
-                terms = [parts[f"weight/{n}"] * parts[f"ramp/{n}"] * parts[f"loss/{n}"] for n in ("rsd", "attn")]
-                total = parts["train/ce"] + sum(terms) + 0.01 * parts["selector/entropy"]
-                assert parts["train/loss"] == pytest.approx(total, rel=1e-5)
+    s = dataclasses.replace(sizes(total_steps=8), steps_per_epoch=3)
     assert HEAD_ALIGNERS["a2d"]().decay == 0.9
-    plain = make(("attn",), s=s)
-    assert {numbers(run(plain, teacher, step=step))["ramp/attn"] for step in range(12)} == {1.0}
-
-
-def test_attention_is_not_rebuilt_without_attn(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: TeacherOutput, grid: tuple[int, int]) -> Tensor:
-        raise AssertionError("attention was rebuilt")
-
-    monkeypatch.setattr(TeacherOutput, "attention", refuse)
-    run(make(("rsd", "rel", "spectral")), teacher)
+    for decay, warmup in ((0.9, "none"), (0.5, "simultaneous")):
+        settings = WARMUPS[warmup]()
+        objective = make(("rsd", "attn"), s=s, head_aligner=HEAD_ALIGNERS["a2d"](decay=decay), warmup=settings)
+        for step, epoch in enumerate((0, 0, 0, 1, 1, 1, 2, 2)):
+            plain = settings.ramp("attn", step, 8)
+            parts = numbers(run(objective, teacher, step=step))
+            assert parts["ramp/attn"] == pytest.approx(plain * decay**epoch, rel=1e-6), (warmup, step)
+            assert parts["ramp/rsd"] == plain
+            terms = [parts[f"weight/{n}"] * parts[f"ramp/{n}"] * parts[f"loss/{n}"] for n in ("rsd", "attn")]
+            total = parts["train/ce"] + sum(terms) + 0.01 * parts["selector/entropy"]
+            assert parts["train/loss"] == pytest.approx(total, rel=1e-5), (warmup, step)
+    assert {numbers(run(make(("attn",), s=s), teacher, step=step))["ramp/attn"] for step in (0, 3, 7)} == {1.0}
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
 
-# A constant added to every key leaves the softmax as it is: this one may stand still or drift by rounding.
+# A constant that is added to every key does not change the softmax: this parameter may not move, or by rounding.
 SOFTMAX_INVARIANT = {"selector.teacher_norm.bias"}
-# At the first step W_q is zero: what lies behind it gets its first gradient at the second.
+# W_q starts at zero: these parameters get their first gradient at the second step.
 BEHIND_ZERO = ("selector.key.", "selector.student_norm.", "selector.teacher_norm.")
 
 
-@pytest.mark.parametrize(
+@each(
     "name, reached",
     [
         ("rsd", {"losses", "selector", "token_aligner"}),
@@ -346,9 +315,10 @@ BEHIND_ZERO = ("selector.key.", "selector.student_norm.", "selector.teacher_norm
         ("attn", {"head_aligner"}),
     ],
 )
-@pytest.mark.parametrize("mix", MIXES)
+@each("mix", MIXES)
 def test_gradients_reach_exactly_what_they_should(name: str, reached: set[str], mix: str, teacher: Teacher) -> None:
-    objective, student = make((name,)), build_student()
+    """Without cross-entropy the student's gradient up to the last point is the loss's own."""
+    objective, student = make((name,), objective=ObjectiveConfig(ce_weight=0.0)), build_student()
     run(objective, teacher, student=student, mix=MIXES[mix]).total.backward()
     for key, has in gradients(objective).items():
         expected = key.split(".")[0] in reached and not key.startswith(BEHIND_ZERO)
@@ -356,17 +326,8 @@ def test_gradients_reach_exactly_what_they_should(name: str, reached: set[str], 
             continue  # edges do not feel a shift
         assert has == expected, key
     assert all(p.grad is not None and p.grad.any() for p in student.blocks[:2].parameters())
+    assert student.head.weight.grad is None or not student.head.weight.grad.any()
     assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters())
-
-
-def test_losses_are_what_moves_the_early_blocks(teacher: Teacher) -> None:
-    """Each loss alone, without cross-entropy, reaches the student up to the last point."""
-    for name in LOSSES:
-        student = build_student()
-        objective = make((name,), objective=ObjectiveConfig(ce_weight=0.0))
-        run(objective, teacher, student=student).total.backward()
-        assert all(p.grad is not None and p.grad.any() for p in student.blocks[:2].parameters()), name
-        assert student.head.weight.grad is None or not student.head.weight.grad.any()
 
 
 def test_detached_aligner_gets_no_gradient_but_the_selector_does(teacher: Teacher) -> None:
@@ -393,21 +354,17 @@ def train(objective: Objective, teacher: Teacher, steps: int = 3) -> dict[str, T
     return {name: after[name].detach() - before[name].detach() for name in after}
 
 
-def test_every_parameter_moves_within_three_steps(teacher: Teacher) -> None:
-    moved = train(make(), teacher)
-    still = [name for name, delta in moved.items() if not delta.any()]
-    assert set(still) <= SOFTMAX_INVARIANT
-
-
-def test_no_parameter_is_driven_by_rounding_alone(teacher: Teacher) -> None:
+def test_every_parameter_moves_and_none_by_rounding_alone(teacher: Teacher) -> None:
     """AdamW turns a gradient of pure rounding into full steps: such a parameter would be a random walk."""
     objective = make()
-    train(objective, teacher)  # W_q has left zero
+    moved = train(objective, teacher)
+    assert {name for name, delta in moved.items() if not delta.any()} <= SOFTMAX_INVARIANT
+    # W_q is no longer zero
     objective.zero_grad()
     run(objective, teacher, seed=5).total.backward()
     for name, parameter in objective.named_parameters():
-        assert parameter.grad is not None
-        # rounding lies seven digits below the terms of a sum; every real gradient here is far above
+        assert parameter.grad is not None, name
+        # rounding is 1e-7 of the terms of a sum; every real gradient here is far larger
         assert float(parameter.grad.norm()) > 1e-8 or name in SOFTMAX_INVARIANT, name
 
 
@@ -431,9 +388,9 @@ def test_initial_weights_depend_on_the_name_only() -> None:
             assert torch.equal(parameter, everything[key]), key
 
 
-def test_weighting_state_survives_the_checkpoint(teacher: Teacher) -> None:
-    objective = make()
-    run(objective, teacher)
+def test_same_inputs_give_the_same_bits_and_so_does_a_checkpoint(teacher: Teacher) -> None:
+    objective, other = make(), make()
+    assert numbers(run(objective, teacher, mix=CUTMIX)) == numbers(run(other, teacher, mix=CUTMIX))
     again = make()
     again.load_state_dict(objective.state_dict())
     for seed in (1, 2):

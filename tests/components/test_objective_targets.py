@@ -1,11 +1,12 @@
 import dataclasses
 import itertools
 import random
-from types import SimpleNamespace
+from functools import lru_cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from each import each
 from objective_fakes import (
     BATCH,
     CLASSES,
@@ -26,7 +27,7 @@ from objective_fakes import (
     sizes,
 )
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from basd.components.comparison import Bridges, Comparison, image_parts
 from basd.components.head_aligners import HEAD_ALIGNERS
@@ -50,7 +51,14 @@ def teacher() -> Teacher:
 # -- targets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+class FixedSelector(nn.Module):
+    """A share for each of three layers at each of two points."""
+
+    def forward(self, _tokens: object, _teacher: object) -> Tensor:
+        return torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.4, 0.0]])
+
+
+@each("selector", SELECTORS)
 def test_mixture_is_normalised_and_of_unit_variance(selector: str, teacher: Teacher) -> None:
     objective = make(selector=SELECTORS[selector]())
     aligner = Calls(objective.token_aligner)
@@ -79,9 +87,9 @@ def test_attention_target_is_the_mixture_of_the_maps(teacher: Teacher) -> None:
     torch.testing.assert_close(target.sum(-1), torch.ones(target.shape[:-1]))
 
 
-@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
-@pytest.mark.parametrize("targets", ["follow", "clean"])
-@pytest.mark.parametrize("name", LOSSES)
+@each("mix", ["mixup", "cutmix"])
+@each("targets", ["follow", "clean"])
+@each("name", LOSSES)
 def test_targets_follow_the_mixing(name: str, targets: str, mix: str, teacher: Teacher) -> None:
     """Target mixing comes after the token aligner, on the student's grid."""
     chosen = MIXES[mix]
@@ -105,29 +113,28 @@ def test_targets_follow_the_mixing(name: str, targets: str, mix: str, teacher: T
     torch.testing.assert_close(loss.inputs[1], expected if targets == "follow" else clean)
 
 
-@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
-@pytest.mark.parametrize("images", [1, 2])
-def test_attention_targets_are_mixed_whatever_is_worked_on_at_once(
-    mix: str, images: int, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An image and its partner are in one part, the middle image of an odd batch is its own partner."""
-    batch, maps = 5, []
-    for size in (2**21, 2 * images * 4 * 2 * 3 * 13 * 13):
-        monkeypatch.setattr("basd.components.comparison.CACHED_BYTES", size)
-        comparison = Comparison(
-            Bridges(head_aligner=MeanHeadAligner()),
-            sizes(),
-            SimpleNamespace(logits=torch.zeros(batch, 2)),  # type: ignore[arg-type]
-            teacher(data()[1][torch.arange(batch) % BATCH] + torch.arange(batch).view(-1, 1, 1, 1)),
-            labels=torch.zeros(batch, 2),
-            mix=MIXES[mix],
-            generator=lambda _purpose: torch.Generator(),
-        )
-        comparison.__dict__["alpha"] = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.4, 0.0]])
-        maps.append(comparison.target_maps)
-    assert len(image_parts(maps[0], pairs=True)) > 1
-    torch.testing.assert_close(maps[1], maps[0])
-    torch.testing.assert_close(maps[0].sum(-1), torch.ones(maps[0].shape[:-1]))
+@each("mix", MIXES)
+def test_attention_targets_are_mixed_whatever_is_worked_on_at_once(mix: str, teacher: Teacher) -> None:
+    """Two parts of a large odd batch: an image and its partner are in one part, the middle image is its own partner."""
+    batch, chosen = 393, MIXES[mix]
+    seen = teacher(torch.randn(batch, 3, 20, 12, generator=torch.Generator().manual_seed(0)))
+    comparison = Comparison(
+        Bridges(selector=FixedSelector(), head_aligner=MeanHeadAligner()),
+        sizes(),
+        StudentOutput(torch.zeros(batch, CLASSES), torch.zeros(len(POINTS), batch, 12, 12)),
+        seen,
+        labels=torch.zeros(batch, CLASSES),
+        mix=chosen,
+        generator=generator,
+    )
+    maps = comparison.target_maps
+    assert len(image_parts(maps, pairs=True)) == 2
+    expected = torch.einsum("ml,lbhqk->mbhqk", FixedSelector()(None, None), seen.attention((3, 4)))
+    if chosen is not None:
+        share = 1 - chosen.coverage(3, 4, 24, 24)
+        expected = mix_attention(expected, share, chosen.lam, masked=mix == "cutmix")
+    torch.testing.assert_close(maps, expected)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
 
 
 def test_cutmix_target_shows_the_partner_under_the_box(teacher: Teacher) -> None:
@@ -142,7 +149,7 @@ def test_cutmix_target_shows_the_partner_under_the_box(teacher: Teacher) -> None
             assert torch.equal(target[:, b, n], clean[:, image, n])
 
 
-def test_rel_and_spectral_share_one_projection(teacher: Teacher) -> None:
+def test_rel_and_spectral_share_one_projection_and_equal_widths_need_none(teacher: Teacher) -> None:
     objective = make()
     rel, spectral, rsd = (Calls(objective.losses[name]) for name in ("rel", "spectral", "rsd"))
     run(objective, teacher)
@@ -150,8 +157,6 @@ def test_rel_and_spectral_share_one_projection(teacher: Teacher) -> None:
     assert rsd.inputs[0].shape == (2, BATCH, 12, 12)
     assert sum(p.numel() for n, p in objective.named_parameters() if n.startswith("projections.")) == 2 * (12 * 16 + 16)
 
-
-def test_equal_widths_need_no_projection() -> None:
     objective = make(s=sizes(width=12))
     rel = Calls(objective.losses["rel"])
     student = build_student()
@@ -160,9 +165,8 @@ def test_equal_widths_need_no_projection() -> None:
     torch.testing.assert_close(rel.inputs[0], tokens)
 
 
-@pytest.mark.parametrize("name", TOKEN_LOSSES)
+@each("name", TOKEN_LOSSES)
 def test_token_counts_are_checked(name: str, teacher: Teacher) -> None:
-    """components.md, rule 4: N == h·w is checked."""
     objective = make((name,), selector=SELECTORS["uniform"]())
     tokens = torch.randn(2, BATCH, 13, 12, requires_grad=True)
     out = StudentOutput(torch.randn(BATCH, CLASSES), tokens)
@@ -171,7 +175,7 @@ def test_token_counts_are_checked(name: str, teacher: Teacher) -> None:
 
 
 def test_a_skipped_attention_loss_does_not_starve_the_others() -> None:
-    """Every point skipped: attn has nothing to say, which is not the same as a perfect match."""
+    """Where every point is skipped attn has no loss; a loss of 0, a perfect match, would take all of the weight."""
     torch.manual_seed(1)
     model = VisionTransformer(img_size=(12, 16), patch_size=4, num_classes=0, embed_dim=16, depth=3, num_heads=4)
     perturb(model, 0.2)
@@ -257,8 +261,7 @@ def pairwise() -> list[dict[str, str]]:
     return rows
 
 
-@pytest.mark.parametrize("row", pairwise(), ids=lambda row: "-".join(row.values()))
-def test_every_pair_of_choices_runs(row: dict[str, str]) -> None:
+def check_row(row: dict[str, str]) -> None:
     heads = 2 if row["head_aligner"] == "none" else 4
     objective = make(
         s=sizes(heads),
@@ -271,17 +274,24 @@ def test_every_pair_of_choices_runs(row: dict[str, str]) -> None:
     check_runs(objective, cached_teacher(heads), MIXES[row["mix"]])
 
 
-TEACHERS: dict[int, Teacher] = {}
-
-
+@lru_cache
 def cached_teacher(heads: int) -> Teacher:
-    if heads not in TEACHERS:
-        TEACHERS[heads] = build_teacher(heads)
-    return TEACHERS[heads]
+    return build_teacher(heads)
+
+
+@each("number", range(max(map(len, FACTORS.values()))))
+def test_every_choice_runs(number: int) -> None:
+    check_row({factor: choices[number % len(choices)] for factor, choices in FACTORS.items()})
+
+
+@pytest.mark.full
+@each("row", pairwise())
+def test_every_pair_of_choices_runs(row: dict[str, str]) -> None:
+    check_row(row)
 
 
 def test_training_moves_the_losses_down(teacher: Teacher) -> None:
-    """Forty steps on one batch: every loss ends below its start."""
+    """Forty steps on one batch lower every loss by a tenth."""
     objective, student = make(weighting=WEIGHTINGS["equal"]()), build_student()
     images, clean, labels = data()
     tapped, seen = TappedStudent(student, POINTS, True), teacher(clean)

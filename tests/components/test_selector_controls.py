@@ -2,12 +2,14 @@
 
 import dataclasses
 import io
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+from each import each
 from selector_fakes import LAYERS, WIDTH, randn, sizes, small_teacher, student_tokens, teacher_with
 from torch import Tensor, nn
 
@@ -66,35 +68,32 @@ def selected(kind: str, depths: tuple[tuple[int, ...], int, int], seed: int = 0,
 # -- every selector ---------------------------------------------------------------------------------------------------
 
 
-def test_registry() -> None:
+def test_registry_and_entropy_settings() -> None:
     assert set(SELECTORS) == {*LEARNED, *FIXED}
     for kind, config in SELECTORS.items():
         assert config().name == kind
-        assert config.learned == (kind in LEARNED)
-
-
-def test_only_learned_selectors_have_an_entropy_term_and_it_is_the_same() -> None:
-    for kind, config in SELECTORS.items():
+        assert config.learned == (kind in LEARNED), kind
         values = dataclasses.asdict(config())
-        # what a selector is said to be is no setting
+        # a class attribute, not a setting
         assert "learned" not in values
         if kind in LEARNED:
-            assert (values["entropy"], values["entropy_weight"]) == ("sparsify", 0.01)
-            assert "temperature" in values
+            assert (values["entropy"], values["entropy_weight"]) == ("sparsify", 0.01), kind
+            assert "temperature" in values, kind
         else:
-            assert not {"entropy", "entropy_weight", "temperature"} & set(values)
+            assert not {"entropy", "entropy_weight", "temperature"} & set(values), kind
 
 
-@pytest.mark.parametrize("kind", SELECTORS)
-@pytest.mark.parametrize("depths", DEPTHS)
-@pytest.mark.parametrize("width", [6, WIDTH])
-def test_alpha_is_a_distribution_over_layers(kind: str, depths: tuple[tuple[int, ...], int, int], width: int) -> None:
-    s = sizes(*depths, student_width=width)
+@each("depths", DEPTHS)
+def test_alpha_is_a_distribution_over_layers(depths: tuple[tuple[int, ...], int, int]) -> None:
+    s = sizes(*depths)
     tokens = randn(s.teacher_depth, 3, s.teacher_tokens, WIDTH, seed=1)
-    alpha = perturb(build(kind, s))(student_tokens(s), teacher_with(tokens, s.teacher_grid))
-    assert alpha.shape == (len(s.points), s.teacher_depth) and alpha.dtype == torch.float32
-    assert (alpha >= 0).all()
-    torch.testing.assert_close(alpha.sum(dim=1), torch.ones(len(s.points)))
+    seen = teacher_with(tokens, s.teacher_grid)
+    for kind, width in itertools.product(SELECTORS, (6, WIDTH)):
+        s = sizes(*depths, student_width=width)
+        alpha = perturb(build(kind, s))(student_tokens(s), seen)
+        assert alpha.shape == (len(s.points), s.teacher_depth) and alpha.dtype == torch.float32, (kind, width)
+        assert (alpha >= 0).all(), (kind, width)
+        assert alpha.sum(dim=1).tolist() == pytest.approx([1] * len(s.points)), (kind, width)
 
 
 def parameters_of(kind: str, s: Sizes) -> set[str]:
@@ -113,8 +112,8 @@ def parameters_of(kind: str, s: Sizes) -> set[str]:
     }.get(kind, set())
 
 
-@pytest.mark.parametrize("kind", SELECTORS)
-@pytest.mark.parametrize("width", [6, WIDTH])
+@each("kind", SELECTORS)
+@each("width", [6, WIDTH])
 def test_gradients_reach_the_learned_parameters_and_nothing_else(kind: str, width: int, teacher: TeacherOutput) -> None:
     s = sizes(student_width=width)
     selector = perturb(build(kind, s))
@@ -131,7 +130,7 @@ def test_gradients_reach_the_learned_parameters_and_nothing_else(kind: str, widt
         assert float(parameter.grad.abs().max()) > 0, name
 
 
-@pytest.mark.parametrize("kind", SELECTORS)
+@each("kind", SELECTORS)
 def test_a_checkpoint_gives_the_same_alpha(kind: str, teacher: TeacherOutput) -> None:
     s = sizes()
     student = student_tokens(s)
@@ -144,11 +143,11 @@ def test_a_checkpoint_gives_the_same_alpha(kind: str, teacher: TeacherOutput) ->
     assert torch.equal(restored(student, teacher), trained(student, teacher))
 
 
-@pytest.mark.parametrize("kind", LEARNED)
-@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("case", ["random", "zero student", "zero teacher", "equal layers"])
+@each("kind", LEARNED)
+@each("temperature", [1e-3, 1.0, 1e3])
+@each("case", ["random", "zero student", "zero teacher", "equal layers"])
 def test_gradients_are_finite(kind: str, temperature: float, case: str) -> None:
-    """Entropy included: α underflows to 0 at low temperatures."""
+    """The entropy too, where α underflows to 0 at low temperatures."""
     s = sizes()
     student, tokens = student_tokens(s), randn(LAYERS, 3, 15, WIDTH, seed=1)
     if case == "zero student":
@@ -179,7 +178,7 @@ def test_entropy_has_a_gradient_where_a_share_is_zero() -> None:
 # -- controls ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FIXED)
+@each("kind", FIXED)
 def test_controls_see_neither_student_nor_teacher(kind: str) -> None:
     s = sizes()
     selector = build(kind, s)
@@ -191,12 +190,16 @@ def test_controls_see_neither_student_nor_teacher(kind: str) -> None:
     assert not list(selector.parameters()) and set(selector.state_dict()) == {"alpha"}
 
 
-def test_uniform(teacher: TeacherOutput) -> None:
-    s = sizes()
-    assert torch.equal(build("uniform", s)(student_tokens(s), teacher), torch.full((2, LAYERS), 1 / LAYERS))
+@each("depths", DEPTHS)
+def test_uniform_and_last(depths: tuple[tuple[int, ...], int, int]) -> None:
+    s = sizes(*depths)
+    tokens = teacher_with(randn(s.teacher_depth, 2, s.teacher_tokens, WIDTH), s.teacher_grid)
+    uniform = build("uniform", s)(student_tokens(s, batch=2), tokens)
+    assert torch.equal(uniform, torch.full((len(s.points), s.teacher_depth), 1 / s.teacher_depth))
+    assert selected("last", depths) == [depths[2] - 1] * len(depths[0])
 
 
-@pytest.mark.parametrize(
+@each(
     "depths, layers",
     [
         (((2, 5, 8, 11), 12, 12), [2, 5, 8, 11]),
@@ -206,30 +209,24 @@ def test_uniform(teacher: TeacherOutput) -> None:
         (((0, 3), 4, 2), [0, 1]),
         (((0, 5), 12, 4), [0, 1]),
         (((2,), 3, 1), [0]),
+        *((depths, None) for depths in DEPTHS),
     ],
 )
-def test_forward_and_reverse(depths: tuple[tuple[int, ...], int, int], layers: list[int]) -> None:
-    assert selected("forward", depths) == layers
-    assert selected("reverse", depths) == layers[::-1]
-
-
-@pytest.mark.parametrize("depths", DEPTHS)
-def test_forward_is_the_nearest_layer_at_proportional_depth(depths: tuple[tuple[int, ...], int, int]) -> None:
+def test_forward_and_reverse(depths: tuple[tuple[int, ...], int, int], layers: list[int] | None) -> None:
+    """`forward` takes the nearest layer at proportional depth, `reverse` the same layers in reverse order."""
     points, student_depth, teacher_depth = depths
-    for point, layer in zip(points, selected("forward", depths), strict=True):
-        # both counted from 1, as shares of the depth
+    forward = selected("forward", depths)
+    assert layers is None or forward == layers
+    assert selected("reverse", depths) == forward[::-1]
+    for point, layer in zip(points, forward, strict=True):
+        # shares of the depth, counted from 1
         distances = [
             abs(Fraction(k + 1, teacher_depth) - Fraction(point + 1, student_depth)) for k in range(teacher_depth)
         ]
         assert distances[layer] == min(distances)
 
 
-@pytest.mark.parametrize("depths", DEPTHS)
-def test_last(depths: tuple[tuple[int, ...], int, int]) -> None:
-    assert selected("last", depths) == [depths[2] - 1] * len(depths[0])
-
-
-@pytest.mark.parametrize("depths", DEPTHS)
+@each("depths", DEPTHS)
 def test_random_is_a_permutation(depths: tuple[tuple[int, ...], int, int]) -> None:
     points, _, teacher_depth = depths
     for seed in range(5):
@@ -243,27 +240,22 @@ def test_random_depends_on_the_seed_only() -> None:
     depths = (tuple(range(6)), 6, 6)
     drawn = [tuple(selected("random", depths, seed)) for seed in range(40)]
     assert len(set(drawn)) > 30  # of 720
-    # every layer comes to every point
+    # over the seeds every point gets every layer
     assert all({layers[m] for layers in drawn} == set(range(6)) for m in range(6))
     for seed in (0, 7):
         s = sizes(*depths, student_width=9, teacher_width=12, student_grid=(2, 5), teacher_grid=(1, 4))
         tokens = teacher_with(randn(6, 1, 4, 12), (1, 4))
         assert layers_of(build("random", s, seed)(student_tokens(s, batch=1), tokens)) == list(drawn[seed])
-        # fewer points are the first of them
+        # fewer points get the first of these layers
         assert selected("random", ((1, 4), 6, 6), seed) == list(drawn[seed][:2])
 
 
-@pytest.mark.parametrize("depth, middle", [(12, 5), (24, 11), (5, 2), (4, 1), (1, 0)])
-def test_all_to_one_takes_the_middle_layer(depth: int, middle: int) -> None:
-    assert selected("all_to_one", ((0, 2, 3), 4, depth)) == [middle] * 3
-
-
-@pytest.mark.parametrize("layer", range(LAYERS))
-def test_all_to_one_takes_the_layer_it_is_given(layer: int) -> None:
-    assert selected("all_to_one", ((1, 3), 4, LAYERS), layer=layer) == [layer] * 2
-
-
-@pytest.mark.parametrize("layer", [-1, LAYERS, 100])
-def test_all_to_one_refuses_a_layer_that_the_teacher_lacks(layer: int) -> None:
-    with pytest.raises(UserError, match=rf"selector.layer={layer} .* 5 blocks are 0 to 4; choose"):
-        AllToOneConfig(layer=layer).build(sizes())
+def test_all_to_one() -> None:
+    """The layer that is set, or the middle one; a layer that the teacher lacks is refused."""
+    for depth, middle in ((12, 5), (24, 11), (5, 2), (4, 1), (1, 0)):
+        assert selected("all_to_one", ((0, 2, 3), 4, depth)) == [middle] * 3, depth
+    for layer in range(LAYERS):
+        assert selected("all_to_one", ((1, 3), 4, LAYERS), layer=layer) == [layer] * 2
+    for layer in (-1, LAYERS, 100):
+        with pytest.raises(UserError, match=rf"selector.layer={layer} .* 5 blocks are 0 to 4; choose"):
+            AllToOneConfig(layer=layer).build(sizes())

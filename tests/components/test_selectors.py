@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from each import each
 from selector_fakes import LAYERS, randn, sizes, small_teacher
 
 from basd.components.selectors.adaptive_spectral import (
@@ -39,7 +40,7 @@ def naive_shares(powers: list[tuple[float, float]], bands: int) -> list[float]:
 
 
 def naive_descriptor(tokens: np.ndarray, grid: tuple[int, int], bands: int) -> np.ndarray:
-    """(B, N, D) → (2·bands + 2,), from the full transforms, where nothing has to be counted twice."""
+    """(B, N, D) → (2·bands + 2,), from the full transforms, where every bin counts once."""
     per_image = []
     height, width = grid
     for image in tokens:
@@ -65,8 +66,8 @@ def naive_descriptor(tokens: np.ndarray, grid: tuple[int, int], bands: int) -> n
 SHAPES = [((3, 5), 6, 4), ((4, 6), 8, 7), ((5, 4), 7, 8), ((6, 6), 16, 5), ((2, 3), 5, 3)]
 
 
-@pytest.mark.parametrize("grid, width, bands", SHAPES)
-def test_descriptor_bands_and_intensity_equal_loops(grid: tuple[int, int], width: int, bands: int) -> None:
+@each("grid, width, bands", SHAPES)
+def test_descriptor_equals_loops(grid: tuple[int, int], width: int, bands: int) -> None:
     smooth = torch.linspace(0, 3, grid[0] * grid[1])[:, None]
     tokens = randn(2, 3, grid[0] * grid[1], width) + smooth
     got = spectral_descriptor(tokens, grid, bands)
@@ -76,13 +77,9 @@ def test_descriptor_bands_and_intensity_equal_loops(grid: tuple[int, int], width
         kept = [*range(2 * bands), 2 * bands + 1]
         # an empty band has the share 1e-6: there the logarithm sees float32's rounding
         np.testing.assert_allclose(got[layer, kept].numpy(), expected[kept], rtol=1e-3, atol=0.02)
-
-
-@pytest.mark.parametrize("grid, width, bands", SHAPES)
-def test_descriptor_entropy_is_that_of_the_full_spectrum(grid: tuple[int, int], width: int, bands: int) -> None:
-    tokens = randn(1, 3, grid[0] * grid[1], width)
-    got = float(spectral_descriptor(tokens, grid, bands)[0, 2 * bands])
-    assert got == pytest.approx(naive_descriptor(tokens[0].double().numpy(), grid, bands)[2 * bands], abs=1e-4)
+    plain = randn(1, 3, grid[0] * grid[1], width)
+    entropy = naive_descriptor(plain[0].double().numpy(), grid, bands)[2 * bands]
+    assert float(spectral_descriptor(plain, grid, bands)[0, 2 * bands]) == pytest.approx(entropy, abs=1e-4)
 
 
 def test_entropy_of_white_tokens_is_one_and_of_constant_ones_zero() -> None:
@@ -90,6 +87,7 @@ def test_entropy_of_white_tokens_is_one_and_of_constant_ones_zero() -> None:
     one_bright_token[:, :, 7] = 1.0
     assert float(spectral_descriptor(one_bright_token, (3, 5), 4)[0, 8]) == pytest.approx(1, abs=1e-4)
     assert float(spectral_descriptor(torch.ones(1, 1, 15, 4), (3, 5), 4)[0, 8]) == pytest.approx(0, abs=1e-4)
+    assert torch.isfinite(spectral_descriptor(torch.zeros(1, 2, 15, 4), (3, 5), 4)).all()
 
 
 def test_descriptor_does_not_depend_on_the_orientation_of_the_image() -> None:
@@ -99,10 +97,10 @@ def test_descriptor_does_not_depend_on_the_orientation_of_the_image() -> None:
     torch.testing.assert_close(turned, upright, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("grid", [(3, 5), (4, 6), (5, 4), (1, 6), (2, 2), (7, 7), (14, 14), (16, 15)])
+@each("trained", [False, True])
+@each("grid", [(3, 5), (4, 6), (5, 4), (1, 6), (2, 2), (7, 7), (14, 14), (16, 15)])
 def test_parseval_with_multiplicity(grid: tuple[int, int], trained: bool) -> None:
-    """By each way of computing it: with a gradient or without one, by the basis or, on large grids, by an FFT."""
+    """Computed with and without a gradient, with the basis and, on large grids, with an FFT."""
     tokens = randn(2, grid[0] * grid[1], 6)
     power = spatial_power(tokens.clone().requires_grad_(trained), grid)
     assert power.requires_grad == trained
@@ -117,10 +115,6 @@ def test_parseval_with_multiplicity(grid: tuple[int, int], trained: bool) -> Non
     np.testing.assert_allclose(power.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_descriptor_survives_zero_tokens() -> None:
-    assert torch.isfinite(spectral_descriptor(torch.zeros(1, 2, 15, 4), (3, 5), 4)).all()
-
-
 def test_band_count() -> None:
     assert band_count((14, 14), (16, 16)) == 8
     assert band_count((2, 2), (16, 16)) == 3  # radii 0, 1, √2
@@ -131,7 +125,7 @@ def test_band_count() -> None:
 # -- adaptive_spectral ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("points, depth", [((1, 3), 4), ((0, 2, 5), 6), ((3,), 4)])
+@each("points, depth", [((1, 3), 4), ((0, 2, 5), 6), ((3,), 4)])
 def test_start_is_the_gaussian_prior(points: tuple[int, ...], depth: int, teacher: TeacherOutput) -> None:
     torch.manual_seed(0)
     selector = AdaptiveSpectralConfig().build(sizes(points, depth))
@@ -169,22 +163,6 @@ def test_logits_follow_the_formula(teacher: TeacherOutput) -> None:
     torch.testing.assert_close(alpha, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alpha.sum(-1), torch.ones(2))
     assert (alpha - selector(student * randn(2, 1, 12, 1, seed=4), teacher)).abs().max() > 1e-4
-
-
-def test_temperature_sharpens(teacher: TeacherOutput) -> None:
-    student = randn(2, 3, 12, 6)
-    cold, warm = (normalized_entropy(trained_selector(t)(student, teacher)) for t in (0.1, 10.0))
-    assert (cold < warm).all() and (warm > 0.9).all()
-
-
-def test_student_descriptors_are_detached(teacher: TeacherOutput) -> None:
-    selector = trained_selector()
-    student = randn(2, 3, 12, 6).requires_grad_()
-    (selector(student, teacher) * randn(2, LAYERS)).sum().backward()
-    assert student.grad is None
-    for name, parameter in selector.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-    assert all(selector.get_parameter(n).grad.abs().max() > 0 for n in ("bias", "query.weight", "key.weight"))  # type: ignore[union-attr]
 
 
 def test_normalized_entropy() -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from each import each
 from torch import Tensor
 
 from basd.components.target_mixing import mix_attention, mix_tokens
@@ -40,7 +41,7 @@ def counted_share(box: tuple[int, int, int, int]) -> list[float]:
 
 
 def naive_attention(attention: Tensor, share: list[float], lam: float) -> Tensor:
-    """The definition of components.md, one row at a time, in float64."""
+    """The definition in the docstring of `mix_attention`, one row at a time, in float64."""
     attention = attention.double()
     _, batch, _, length, _ = attention.shape
     result = torch.zeros_like(attention)
@@ -59,45 +60,34 @@ def naive_attention(attention: Tensor, share: list[float], lam: float) -> Tensor
     return result
 
 
-@pytest.mark.parametrize("box", [ALIGNED, CROSSING, (0, 24, 0, 24), (3, 3, 2, 2)])
+@each("box", [ALIGNED, CROSSING, (0, 24, 0, 24), (3, 3, 2, 2)])
 def test_share_is_what_the_patch_shows(box: tuple[int, int, int, int]) -> None:
     assert own_share(cutmix(box)).tolist() == pytest.approx(counted_share(box), abs=1e-6)
 
 
-def test_mixup_of_tokens_is_convex() -> None:
-    mix, t = Mix("mixup", 0.3), tokens()
+def test_mixup_is_convex() -> None:
+    mix, t, a = Mix("mixup", 0.3), tokens(), maps()
     torch.testing.assert_close(mix_tokens(t, own_share(mix)), 0.3 * t + 0.7 * t.flip(1))
+    mixed = mix_attention(a, own_share(mix), mix.lam, masked=False)
+    torch.testing.assert_close(mixed, 0.3 * a + 0.7 * a.flip(1))
 
 
-@pytest.mark.parametrize("box", [ALIGNED, CROSSING])
+@each("box", [ALIGNED, CROSSING])
 def test_cutmix_of_tokens_follows_coverage(box: tuple[int, int, int, int]) -> None:
     t, share = tokens(), counted_share(box)
     got = mix_tokens(t, own_share(cutmix(box)))
     for b in range(3):
         for n in range(12):
             torch.testing.assert_close(got[:, b, n], share[n] * t[:, b, n] + (1 - share[n]) * t[:, 2 - b, n])
+    if box == ALIGNED:
+        # the target of a patch is a token of the image that the patch shows
+        image = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, SIZE, SIZE)
+        shown = cutmix(box).mix_images(image).reshape(3, 3, 8, 4, 6)[:, :, 0, :, 0].flatten(1).long()
+        assert all(torch.equal(got[:, b, n], t[:, shown[b, n], n]) for b in range(3) for n in range(12))
 
 
-def test_aligned_box_swaps_tokens_exactly() -> None:
-    """What the student's image shows in a patch is what the target is of."""
-    image = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, SIZE, SIZE)
-    mixed = cutmix(ALIGNED).mix_images(image)
-    shown = mixed.reshape(3, 3, 8, 4, 6)[:, :, 0, :, 0].flatten(1).long()
-    t = tokens()
-    got = mix_tokens(t, own_share(cutmix(ALIGNED)))
-    for b in range(3):
-        for n in range(12):
-            assert torch.equal(got[:, b, n], t[:, shown[b, n], n])
-
-
-def test_mixup_of_attention_is_convex() -> None:
-    mix, a = Mix("mixup", 0.3), maps()
-    got = mix_attention(a, own_share(mix), mix.lam, masked=False)
-    torch.testing.assert_close(got, 0.3 * a + 0.7 * a.flip(1))
-
-
-@pytest.mark.parametrize("box", [ALIGNED, CROSSING, (0, 24, 0, 24), (3, 3, 2, 2), (0, 8, 0, 24)])
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@each("box", [ALIGNED, CROSSING, (0, 24, 0, 24), (3, 3, 2, 2), (0, 8, 0, 24)])
+@each("batch", [1, 2, 3])
 def test_cutmix_of_attention_equals_loops(box: tuple[int, int, int, int], batch: int) -> None:
     mix, a = cutmix(box), maps(batch)
     got = mix_attention(a, own_share(mix), mix.lam, masked=True)
@@ -139,7 +129,7 @@ def test_row_without_mass_keeps_its_unmasked_form() -> None:
     torch.testing.assert_close(got.sum(-1), torch.ones(got.shape[:-1]))
 
 
-@pytest.mark.parametrize("gain", [0.1, 10.0, 60.0])
+@each("gain", [0.1, 10.0, 60.0])
 def test_rows_always_sum_to_one(gain: float) -> None:
     a = maps(4, gain)
     for seed in range(20):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from each import each
 from torch import Tensor, nn
 
 from basd.components.sizes import Sizes
@@ -16,7 +17,7 @@ from basd.components.token_aligners.interpolate import InterpolateConfig
 from basd.components.token_aligners.student_projection import StudentProjectionConfig
 
 GRIDS = [((3, 4), (5, 3)), ((6, 6), (8, 8)), ((4, 4), (2, 5)), ((3, 4), (3, 4))]
-# every aligner whose output is P·T, and the one with a value map
+# every aligner, and cross_attention with a value map
 KINDS = [*TOKEN_ALIGNERS, "projected"]
 
 
@@ -61,7 +62,7 @@ def perturb(module: nn.Module, amount: float = 0.1) -> nn.Module:
 
 
 def naive_area(student: tuple[int, int], teacher: tuple[int, int]) -> np.ndarray:
-    """Mean over what a student cell covers, by loops over cells: (N_s, N_t)."""
+    """Mean over the area that a student cell covers, by loops over cells: (N_s, N_t)."""
 
     def shared(a: int, cells_a: int, b: int, cells_b: int) -> float:
         return max(0.0, min((a + 1) / cells_a, (b + 1) / cells_b) - max(a / cells_a, b / cells_b))
@@ -77,7 +78,7 @@ def naive_area(student: tuple[int, int], teacher: tuple[int, int]) -> np.ndarray
     return np.array(rows)
 
 
-@pytest.mark.parametrize("student, teacher", GRIDS)
+@each("student, teacher", GRIDS)
 def test_interpolate_equals_overlap_loops(student: tuple[int, int], teacher: tuple[int, int]) -> None:
     s = sizes(student, teacher)
     aligner = InterpolateConfig().build(s)
@@ -87,18 +88,14 @@ def test_interpolate_equals_overlap_loops(student: tuple[int, int], teacher: tup
     assert not list(aligner.parameters())
 
 
-@pytest.mark.parametrize("kind", TOKEN_ALIGNERS)
-@pytest.mark.parametrize("student, teacher", GRIDS)
+@each("kind", TOKEN_ALIGNERS)
+@each("student, teacher", GRIDS)
 def test_rows_sum_to_one_and_values_are_the_tokens(
     kind: str, student: tuple[int, int], teacher: tuple[int, int]
 ) -> None:
-    torch.manual_seed(0)
     s = sizes(student, teacher)
-    aligner = TOKEN_ALIGNERS[kind]().build(s)
+    aligner: Any = perturb(build(kind, s))
     assert TOKEN_ALIGNERS[kind]().name == kind
-    with torch.no_grad():
-        for parameter in aligner.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
     tokens = mixtures(s)
     weights = aligner.weights(tokens).expand(2, 3, -1, -1)
     assert weights.shape == (2, 3, s.student_tokens, s.teacher_tokens)
@@ -107,9 +104,9 @@ def test_rows_sum_to_one_and_values_are_the_tokens(
     torch.testing.assert_close(aligner(tokens), weights @ tokens, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("student, teacher", GRIDS)
+@each("student, teacher", GRIDS)
 def test_cross_attention_weights_equal_loops(student: tuple[int, int], teacher: tuple[int, int]) -> None:
-    """P_ij = softmax_j(q_i · W(t_j + p_j)), with queries and W away from where they start."""
+    """P_ij = softmax_j(q_i · W(t_j + p_j)), with queries and W perturbed."""
     s = sizes(student, teacher, width=8)
     aligner, tokens = CrossAttentionConfig().build(s), mixtures(s)
     perturb(aligner, 0.3)
@@ -118,6 +115,7 @@ def test_cross_attention_weights_equal_loops(student: tuple[int, int], teacher: 
         for tensor in (aligner.get_parameter("queries"), aligner.get_parameter("key_weight"), aligner.position, tokens)  # type: ignore[union-attr]
     )
     assert np.abs(w - w.transpose(0, 2, 1)).max() > 0.1
+    assert sum(parameter.numel() for parameter in aligner.parameters()) == 2 * (s.student_tokens * 8 + 8 * 8)
     expected = np.zeros((2, 3, s.student_tokens, s.teacher_tokens))
     for m in range(2):
         for b in range(3):
@@ -130,7 +128,7 @@ def test_cross_attention_weights_equal_loops(student: tuple[int, int], teacher: 
     np.testing.assert_allclose(weights.detach().numpy(), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
+@each(
     "student, teacher, width",
     [((3, 4), (5, 3), 32), ((6, 6), (8, 8), 96), ((14, 14), (16, 16), 64), ((5, 5), (8, 8), 96), ((4, 4), (4, 4), 32)],
 )
@@ -149,9 +147,9 @@ def test_cross_attention_starts_close_to_area_overlap(
     assert torch.corrcoef(together)[0, 1].item() > 0.8
 
 
-@pytest.mark.parametrize("student, teacher", [((3, 4), (5, 3)), ((14, 14), (14, 14))])
+@each("student, teacher", [((3, 4), (5, 3)), ((14, 14), (14, 14))])
 def test_cross_attention_can_learn_from_its_start(student: tuple[int, int], teacher: tuple[int, int]) -> None:
-    """A start so sharp that the softmax is saturated would stay interpolation for ever."""
+    """A start so sharp that the softmax is saturated would stay interpolation forever."""
     s = sizes(student, teacher, 64)
     aligner, tokens = CrossAttentionConfig().build(s), mixtures(s, batch=2)
     aligner(tokens).backward(randn(2, 2, s.student_tokens, 64, seed=1))
@@ -180,23 +178,15 @@ def test_cross_attention_scores_each_token_by_itself() -> None:
     torch.testing.assert_close(odds[0], odds[1], rtol=1e-3, atol=1e-5)
 
 
-def test_cross_attention_has_queries_and_keys_per_point() -> None:
-    torch.manual_seed(0)
-    s = sizes()
-    aligner = CrossAttentionConfig().build(s)
-    assert sum(p.numel() for p in aligner.parameters()) == 2 * (s.student_tokens * 32 + 32 * 32)
-    with torch.no_grad():
-        for parameter in aligner.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    first, second = aligner.weights(mixtures(s)[:1].expand(2, -1, -1, -1))
-    assert (first - second).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("gradient", ["joint", "detached"])
-@pytest.mark.parametrize("values", ["identity", "projected"])
+@each("gradient", ["joint", "detached"])
+@each("values", ["identity", "projected"])
 def test_gradient(values: str, gradient: str) -> None:
-    aligner = perturb(CrossAttentionConfig(values=values, gradient=gradient).build(sizes()))
-    tokens = mixtures(sizes()).requires_grad_()
+    config = CrossAttentionConfig(values=values, gradient=gradient)
+    tokens = mixtures(sizes())
+    # the setting does not change the values
+    assert torch.equal(config.build(sizes())(tokens), CrossAttentionConfig(values=values).build(sizes())(tokens))
+    aligner = perturb(config.build(sizes()))
+    tokens.requires_grad_()
     aligner(tokens).backward(randn(2, 3, 12, 32, seed=1))
     assert tokens.grad is not None and tokens.grad.any()
     trained = {name for name, parameter in aligner.named_parameters() if parameter.grad is not None}
@@ -207,19 +197,10 @@ def test_gradient(values: str, gradient: str) -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 1e-4 for p in aligner.parameters())
 
 
-@pytest.mark.parametrize("gradient", ["joint", "detached"])
-@pytest.mark.parametrize("values", ["identity", "projected"])
-def test_gradient_setting_leaves_the_values(values: str, gradient: str) -> None:
-    tokens = mixtures(sizes())
-    joint = CrossAttentionConfig(values=values).build(sizes())
-    other = CrossAttentionConfig(values=values, gradient=gradient).build(sizes())
-    assert torch.equal(other(tokens), joint(tokens))
-
-
 # -- values=projected -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("student, teacher", GRIDS)
+@each("student, teacher", GRIDS)
 def test_projected_values_equal_loops(student: tuple[int, int], teacher: tuple[int, int]) -> None:
     s = sizes(student, teacher)
     aligner, tokens = perturb(build("projected", s)), mixtures(s)
@@ -242,18 +223,15 @@ def test_projected_values_start_as_the_tokens_but_for_the_norm() -> None:
     torch.testing.assert_close(projected, nn.functional.layer_norm(plain, (32,)), rtol=1e-4, atol=1e-5)
     added = set(build("projected", s).state_dict()) - set(build("cross_attention", s).state_dict())
     assert added == {"value_weight"}
-    assert build("projected", s).get_parameter("value_weight").shape == (2, 32, 32)
-
-
-def test_projected_values_of_zero_tokens_have_finite_gradients() -> None:
-    s = sizes()
     aligner = build("projected", s)
+    assert aligner.get_parameter("value_weight").shape == (2, 32, 32)
+    # tokens of zero have finite gradients
     aligner(torch.zeros(2, 3, 15, 32)).backward(randn(2, 3, 12, 32))
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in aligner.parameters())
 
 
 def test_a_trained_value_map_can_collapse_the_target_and_a_detached_one_cannot() -> None:
-    """The reason why values are the teacher's own tokens by default: V can make the target a constant of full size."""
+    """Why values are the teacher's own tokens by default: V can make the target a constant of full size."""
     s = sizes()
     tokens = nn.functional.layer_norm(mixtures(s) + randn(32, seed=7), (32,))  # as in ViTs, tokens share a part
     aligner = build("projected", s)
@@ -268,12 +246,12 @@ def test_a_trained_value_map_can_collapse_the_target_and_a_detached_one_cannot()
     for _ in range(100):
         target = aligner(tokens)
         optimizer.zero_grad()
-        # what a student loses that always predicts the mean
+        # the loss of a student that always predicts the mean
         (target - target.mean(dim=(1, 2), keepdim=True)).square().mean().backward()
         optimizer.step()
     assert (shares() < 0.05 * start).all()
     assert float(aligner(tokens).detach().square().mean()) > 0.9
-    # P alone does not show it
+    # the variance share of P alone does not fall
     only_p = aligner_diagnostics(aligner.weights(tokens), tokens, s)["spatial_variance_share"]  # type: ignore[operator]
     assert (only_p > 0.5).all()
     assert not build("projected", s, gradient="detached")(tokens).requires_grad
@@ -282,43 +260,38 @@ def test_a_trained_value_map_can_collapse_the_target_and_a_detached_one_cannot()
 # -- controls ---------------------------------------------------------------------------------------------------------
 
 
-def test_only_student_projection_asks_for_a_student_mlp() -> None:
+def test_only_student_projection_has_a_student_mlp_and_its_teacher_side_is_interpolate() -> None:
     assert set(TOKEN_ALIGNERS) == {"cross_attention", "interpolate", "student_projection", "frozen_random"}
     assert {kind for kind, config in TOKEN_ALIGNERS.items() if config.student_mlp} == {"student_projection"}
-    # what an aligner is said to need is no setting
+    # a class attribute, not a setting
     assert all("student_mlp" not in dataclasses.asdict(config()) for config in TOKEN_ALIGNERS.values())
-
-
-def test_student_projection_leaves_the_teacher_side_to_interpolate() -> None:
-    s = sizes()
-    tokens = mixtures(s)
-    assert torch.equal(StudentProjectionConfig().build(s)(tokens), InterpolateConfig().build(s)(tokens))
+    tokens = mixtures(sizes())
+    assert torch.equal(StudentProjectionConfig().build(sizes())(tokens), InterpolateConfig().build(sizes())(tokens))
 
 
 def naive_row_entropy(p: np.ndarray) -> float:
     return float(np.mean([-sum(x * math.log(x) for x in row if x > 0) for row in p.reshape(-1, p.shape[-1])]))
 
 
-@pytest.mark.parametrize("student, teacher", [*GRIDS, ((14, 14), (16, 16)), ((2, 3), (1, 1))])
+@each("student, teacher", [*GRIDS, ((14, 14), (16, 16)), ((2, 3), (1, 1))])
 def test_frozen_random_is_as_sharp_as_the_start_of_cross_attention(
     student: tuple[int, int], teacher: tuple[int, int]
 ) -> None:
     s = sizes(student, teacher)
-    # the start is set by positions alone
+    # tokens of zero: positions alone set the start
     nothing = torch.zeros(2, 1, s.teacher_tokens, 32)
     start, random = (build(kind, s).weights(nothing).detach() for kind in ("cross_attention", "frozen_random"))  # type: ignore[operator]
     entropies = [naive_row_entropy(p.double().numpy()) for p in (start, random)]
     assert entropies[1] == pytest.approx(entropies[0], abs=1e-3)
 
 
-@pytest.mark.parametrize("student, teacher", [((6, 6), (8, 8)), ((14, 14), (16, 16)), ((5, 5), (8, 8))])
+@each("student, teacher", [((6, 6), (8, 8)), ((14, 14), (16, 16)), ((5, 5), (8, 8))])
 def test_frozen_random_looks_at_no_place_in_particular(student: tuple[int, int], teacher: tuple[int, int]) -> None:
     s = sizes(student, teacher, 48)
     seen = naive_area(student, teacher) > 0
     chance = seen.mean()
     p = build("frozen_random", s).weights(mixtures(s))[:, 0].numpy()  # type: ignore[operator]
     at_its_place = (p * seen).sum(axis=-1).mean()
-    # a row that looks at few places misses or hits its own by luck; rows are many
     assert at_its_place == pytest.approx(chance, abs=0.06)
     assert (build("cross_attention", s).weights(mixtures(s)) * torch.from_numpy(seen)).sum(-1).mean() > 0.6  # type: ignore[operator]
 
@@ -331,7 +304,7 @@ def test_frozen_random_depends_on_the_seed_and_the_point_but_not_on_the_tokens()
     assert torch.equal(build("frozen_random", s).weights(mixtures(s, seed=3)), first)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_a_checkpoint_gives_the_same_output(kind: str) -> None:
     s = sizes()
     tokens = mixtures(s)
@@ -344,11 +317,11 @@ def test_a_checkpoint_gives_the_same_output(kind: str) -> None:
     assert torch.equal(restored(tokens), trained(tokens))
 
 
-@pytest.mark.parametrize("kind", ["interpolate", "student_projection", "frozen_random"])
+@each("kind", ["interpolate", "student_projection", "frozen_random"])
 def test_controls_have_nothing_to_train(kind: str) -> None:
     aligner = build(kind, sizes())
     assert not list(aligner.parameters())
-    # what is drawn is kept; what follows from the sizes is not
+    # a checkpoint keeps what is drawn, not what follows from the sizes
     assert set(aligner.state_dict()) == ({"attention"} if kind == "frozen_random" else set())
 
 
@@ -359,28 +332,23 @@ def diagnose(weights: Tensor, tokens: Tensor, s: Sizes) -> dict[str, Any]:
     return {name: values.tolist() for name, values in aligner_diagnostics(weights, tokens, s).items()}
 
 
-def test_diagnostics_of_a_uniform_map() -> None:
+def test_diagnostics_of_a_uniform_map_and_of_area_overlap() -> None:
     s = sizes()
     values = diagnose(torch.full((2, 3, 12, 15), 1 / 15), mixtures(s), s)
     assert values["spatial_variance_share"] == pytest.approx([0, 0], abs=1e-6)
     assert values["effective_rank"] == pytest.approx([1, 1], abs=1e-3)
     assert values["row_entropy"] == pytest.approx([1, 1], abs=1e-4)
-    # all that is left of a token is its image
+    # the places of an image are alike: all variance is between images
     assert values["input_variance_share"] == pytest.approx([1, 1], abs=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3)])
-def test_diagnostics_of_area_overlap(shape: tuple[int, int]) -> None:
-    s = sizes()
-    area = torch.from_numpy(naive_area((3, 4), (5, 3))).float()
-    values = diagnose(area.expand(*shape, 12, 15), mixtures(s), s)
-    assert values["spatial_variance_share"] == pytest.approx([1, 1], abs=1e-4)
-    singular = np.linalg.svd(area.double().numpy(), compute_uv=False)
+    area = naive_area((3, 4), (5, 3))
+    singular = np.linalg.svd(area, compute_uv=False)
     share = singular / singular.sum()
     rank = math.exp(-sum(x * math.log(x) for x in share if x > 1e-12))
-    assert values["effective_rank"] == pytest.approx([rank, rank], rel=1e-3)
-    entropy = float(np.mean([-sum(p * math.log(p) for p in row if p > 0) for row in area.double().numpy()]))
-    assert values["row_entropy"] == pytest.approx([entropy / math.log(15)] * 2, rel=1e-3)
+    for shape in ((1, 1), (2, 1), (2, 3)):
+        values = diagnose(torch.from_numpy(area).float().expand(*shape, 12, 15), mixtures(s), s)
+        assert values["spatial_variance_share"] == pytest.approx([1, 1], abs=1e-4), shape
+        assert values["effective_rank"] == pytest.approx([rank, rank], rel=1e-3), shape
+        assert values["row_entropy"] == pytest.approx([naive_row_entropy(area) / math.log(15)] * 2, rel=1e-3), shape
 
 
 def test_input_variance_share_equals_loops() -> None:
@@ -400,7 +368,7 @@ def test_input_variance_share_equals_loops() -> None:
 
 
 def make_uniform(aligner: nn.Module) -> nn.Module:
-    """The aligner with a P that looks everywhere alike."""
+    """The aligner with a uniform P."""
     with torch.no_grad():
         for name, tensor in [*aligner.named_parameters(), *aligner.named_buffers()]:
             if name == "queries":
@@ -410,8 +378,8 @@ def make_uniform(aligner: nn.Module) -> nn.Module:
     return aligner
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("student, teacher", GRIDS)
+@each("kind", KINDS)
+@each("student, teacher", GRIDS)
 def test_a_uniform_map_is_visible_in_every_aligner(
     kind: str, student: tuple[int, int], teacher: tuple[int, int]
 ) -> None:

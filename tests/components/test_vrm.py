@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from each import each
 from torch import Tensor
 
 from basd.components.losses import vrm
@@ -65,9 +66,9 @@ def naive_vrm(inputs: list[Tensor], prune: float, delta: float, alpha: float, be
     return float(alpha * np.mean(samples) + beta * np.mean(by_class))
 
 
-@pytest.mark.parametrize("batch, classes", [(6, 5), (3, 11), (9, 2)])
-@pytest.mark.parametrize("prune, delta", [(0.0, 1.0), (0.3, 0.2), (0.1, 10.0)])
-@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (0.5, 3.0), (0.0, 2.0), (2.0, 0.0)])
+@each("batch, classes", [(6, 5), (3, 11), (9, 2)])
+@each("prune, delta", [(0.0, 1.0), (0.3, 0.2), (0.1, 10.0)])
+@each("alpha, beta", [(1.0, 1.0), (0.5, 3.0), (0.0, 2.0), (2.0, 0.0)])
 def test_vrm_equals_loops(batch: int, classes: int, prune: float, delta: float, alpha: float, beta: float) -> None:
     inputs = logits(batch, classes)
     expected = naive_vrm(inputs, prune, delta, alpha, beta)
@@ -80,7 +81,7 @@ def test_delta_is_one_where_none_is_set() -> None:
     assert float(build()(*inputs)) < 0.999 * float(build(huber_delta=2.0)(*inputs))
 
 
-@pytest.mark.parametrize("block", [1, 70, 10**9])
+@each("block", [1, 70, 10**9])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     inputs = logits(7, 4)
     given = [x.clone().requires_grad_() for x in inputs[:2]]
@@ -99,44 +100,37 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int) -> N
 def test_vrm_bounds() -> None:
     student, other, real, virtual = (randn(48, 64, seed=k) for k in range(4))
     unrelated = {"sample": build(inter_class_weight=0.0), "class": build(inter_sample_weight=0.0)}
+    # edges go from real to virtual: a student that exchanges the teacher's views does not match
+    assert float(build()(virtual, real, real, virtual)) > 0.1
     for loss in unrelated.values():
         assert float(loss(student, other, real, virtual)) == pytest.approx(1, abs=0.1)
         assert float(loss(real, virtual, real, virtual)) == pytest.approx(0, abs=1e-6)
-        # unit edges: neither side's scale counts, nor what all logits have in common
+        # edges of unit length: the scale of a side has no effect
         plain = float(loss(student, other, real, virtual))
         assert float(loss(5 * student, 5 * other, real, virtual)) == pytest.approx(plain, rel=1e-3)
+    # nor has what all logits have in common
     moved = [x + randn(1, 64, seed=7) for x in (student, other)]
     plain = float(unrelated["sample"](student, other, real, virtual))
     assert float(unrelated["sample"](*moved, real, virtual)) == pytest.approx(plain, rel=1e-3)
 
 
-def test_real_and_virtual_are_told_apart() -> None:
-    """A student that has the teacher's views the wrong way round does not match: edges go from real to virtual."""
-    _, _, real, virtual = logits()
-    assert float(build()(virtual, real, real, virtual)) > 0.1
-
-
-def test_joint_entropy_is_that_of_the_outer_product() -> None:
+def test_the_edges_of_highest_joint_entropy_are_pruned() -> None:
     real, virtual = 2 * randn(4, 3), 2 * randn(4, 3, seed=1)
     found = joint_entropy(real, virtual)
     for i in range(4):
         for j in range(4):
             joint = torch.outer(real[i].double().softmax(0), virtual[j].double().softmax(0)).flatten().tolist()
             assert float(found[i, j]) == pytest.approx(-sum(p * math.log(p) for p in joint), rel=1e-4)
-
-
-@pytest.mark.parametrize("prune", [0.0, 0.25, 0.5, 0.99])
-def test_the_least_certain_edges_are_pruned(prune: float) -> None:
     _, _, real, virtual = logits(8, 5)
-    kept = reliable(real, virtual, prune)
-    assert int(kept.sum()) == 64 - int(prune * 64)
     entropy = joint_entropy(real, virtual)
-    if prune:
-        assert float(entropy[kept > 0].max()) < float(entropy[kept == 0].min())
+    for prune in (0.0, 0.25, 0.5, 0.99):
+        kept = reliable(real, virtual, prune)
+        assert int(kept.sum()) == 64 - int(prune * 64), prune
+        assert not prune or float(entropy[kept > 0].max()) < float(entropy[kept == 0].min()), prune
 
 
 def test_a_pruned_edge_does_not_count() -> None:
-    """Edges of images that the teacher knows nothing about: what the student makes of them is free between samples."""
+    """The teacher knows nothing about image 0: between samples the student's edges of that image are free."""
     real, virtual = 4 * torch.eye(5), 4 * torch.eye(5)
     real[0] = virtual[0] = torch.tensor([0.3, 0.1, 0.2, 0.3, 0.1])  # nine of 25 edges touch image 0
     student = [real + 0.0, virtual + 0.0]
@@ -146,7 +140,7 @@ def test_a_pruned_edge_does_not_count() -> None:
     assert float(build(0.0, inter_class_weight=0.0)(*student, real, virtual)) > 0.03
 
 
-@pytest.mark.parametrize("case", ["random", "zero", "zero teacher", "same views", "match", "one class", "large"])
+@each("case", ["random", "zero", "zero teacher", "same views", "match", "one class", "large"])
 def test_gradients_are_finite(case: str) -> None:
     inputs = logits()
     if case == "zero":

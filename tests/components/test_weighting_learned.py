@@ -1,10 +1,11 @@
-"""The weightings with a memory: learned numbers (uncertainty, imtl_l) and epoch means (dwa); and what three have in common."""
+"""The weightings with a memory, learned numbers (uncertainty, imtl_l) and epoch means (dwa), and the direction that three share."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
+from each import each
 from torch import Tensor
 from weighting_fakes import NAMES, build, check, losses, numbers, ramps, weigh
 
@@ -35,16 +36,24 @@ def set_s(weighting: LearnedWeighting, **values: float) -> None:
 # -- uncertainty, imtl_l ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", START)
+@each("kind", START)
 def test_start(kind: str) -> None:
     weighting = learned(kind)
     assert {name: float(s.detach()) for name, s in weighting.s.items()} == dict.fromkeys(NAMES, START[kind])
-    check(weigh(weighting, losses(4.0, 0.1)), [0.5 * math.exp(0.5)] * 2 if kind == "uncertainty" else [1.0] * 2)
+    values = losses(4.0, 0.1)
+    check(weigh(weighting, values), [0.5 * math.exp(0.5)] * 2 if kind == "uncertainty" else [1.0] * 2)
+    # the term gives the losses no gradient
+    term = weighting.term(values, ramps())
+    assert isinstance(term, Tensor)
+    term.backward()
+    assert all(value.grad is None for value in values.values())
+    penalty = START[kind] / 2 if kind == "uncertainty" else -START[kind]
+    assert float(term.detach()) == pytest.approx(2 * penalty)
 
 
-@pytest.mark.parametrize("kind", START)
-@pytest.mark.parametrize("factors", [(1.0, 1.0, 1.0), (0.3, 1.0, 0.01)])
-@pytest.mark.parametrize("scale", ["none", "first", "first_mean"])
+@each("kind", START)
+@each("factors", [(1.0, 1.0, 1.0), (0.3, 1.0, 0.01)])
+@each("scale", ["none", "first", "first_mean"])
 def test_total_is_the_formula(kind: str, factors: tuple[float, ...], scale: str) -> None:
     """Value, gradient for the losses and gradient for s of Σ ramp·formula(s, L/scale)."""
     weighting = learned(kind, scale=scale)
@@ -67,9 +76,9 @@ def test_total_is_the_formula(kind: str, factors: tuple[float, ...], scale: str)
 
 
 def settle(weighting: LearnedWeighting, values: dict[str, Tensor], factors: dict[str, float]) -> None:
-    """Each s to where its gradient changes sign."""
+    """Move each s to the point where its gradient changes sign."""
     optimizer = torch.optim.Rprop(weighting.parameters(), lr=0.5, step_sizes=(1e-7, 2.0))
-    for step in range(60):
+    for step in range(50):
         weigh(weighting, values, step, factors)
         optimizer.zero_grad()
         term = weighting.term(values, factors)
@@ -78,8 +87,8 @@ def settle(weighting: LearnedWeighting, values: dict[str, Tensor], factors: dict
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", START)
-@pytest.mark.parametrize("scale", ["none", "first"])
+@each("kind", START)
+@each("scale", ["none", "first"])
 def test_s_settles_where_every_weighted_loss_is_alike(kind: str, scale: str) -> None:
     """uncertainty: ½; imtl_l: 1. Neither the ramps nor the scale move that."""
     weighting = learned(kind, scale=scale)
@@ -91,9 +100,9 @@ def test_s_settles_where_every_weighted_loss_is_alike(kind: str, scale: str) -> 
     assert weighted == pytest.approx([0.5 if kind == "uncertainty" else 1.0] * 3, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", START)
+@each("kind", START)
 def test_a_loss_that_joins_starts_cleanly(kind: str) -> None:
-    """Before it is active its number has no gradient, so it has neither moved nor left a state in the optimizer."""
+    """Before a loss is active its s has no gradient: it does not move and has no state in the optimizer."""
     weighting = learned(kind)
     optimizer = torch.optim.AdamW(weighting.parameters(), lr=0.1, weight_decay=0.0)
     for step in range(5):
@@ -109,18 +118,7 @@ def test_a_loss_that_joins_starts_cleanly(kind: str) -> None:
     assert all(weighting.s[name] not in optimizer.state for name in ("attn", "spectral"))
 
 
-@pytest.mark.parametrize("kind", START)
-def test_the_term_gives_the_losses_no_gradient(kind: str) -> None:
-    weighting, values = learned(kind), losses(3.0, 0.2)
-    term = weighting.term(values, ramps())
-    assert isinstance(term, Tensor)
-    term.backward()
-    assert all(value.grad is None for value in values.values())
-    penalty = START[kind] / 2 if kind == "uncertainty" else -START[kind]
-    assert float(term.detach()) == pytest.approx(2 * penalty)
-
-
-@pytest.mark.parametrize("kind", sorted(set(WEIGHTINGS) - set(START)))
+@each("kind", sorted(set(WEIGHTINGS) - set(START)))
 def test_the_others_learn_nothing(kind: str) -> None:
     weighting = build(kind)
     assert not list(weighting.parameters()) and weighting.term(losses(1.0, 2.0), ramps()) == 0.0
@@ -148,9 +146,9 @@ class NaiveDWA:
         return [len(values) * p / sum(powers) for p in powers]
 
 
-@pytest.mark.parametrize("steps_per_epoch", [1, 3, 4])
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-@pytest.mark.parametrize("scale", ["none", "first", "first_mean"])
+@each("steps_per_epoch", [1, 3, 4])
+@each("temperature", [0.5, 2.0])
+@each("scale", ["none", "first", "first_mean"])
 def test_dwa_equals_the_formula(steps_per_epoch: int, temperature: float, scale: str) -> None:
     """Losses that join within an epoch and one that pauses for more than one: each has its own two epochs."""
     weighting = build("dwa", steps_per_epoch=steps_per_epoch, temperature=temperature, scale=scale)
@@ -206,8 +204,7 @@ def angle(a: Tensor, b: Tensor) -> float:
     return float(torch.cosine_similarity(a, b, dim=0))
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("scale", ["none", "first"])
+@each("seed, scale", [(0, "none"), (1, "none"), (2, "first")])
 def test_uwo_gls_and_converged_uncertainty_share_one_direction(seed: int, scale: str) -> None:
     """All three go along Σ ∇L/L, only the length differs: UW-O Σ, converged uncertainty ½Σ, GLS GM/n·Σ."""
     g = torch.Generator().manual_seed(seed)
@@ -232,7 +229,7 @@ def test_uwo_gls_and_converged_uncertainty_share_one_direction(seed: int, scale:
     if scale == "none":
         values = torch.stack([units[k] * ((theta - centres[k]) ** 2).mean() for k in range(4)])
         assert lengths["gls"] == pytest.approx(float(values.log().mean().exp()) / 4, rel=1e-3)
-    # the others do not
+    # other weightings do not
     for kind in ("equal", "uwso"):
         given, expected = direction(build(kind, scale="none"), theta, centres, units)
         assert angle(given, expected) < 0.99

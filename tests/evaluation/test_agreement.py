@@ -1,4 +1,4 @@
-"""Agreement with the teacher against textbook formulas in NumPy, and what it must not depend on."""
+"""Agreement with the teacher against textbook formulas in NumPy, and its invariances."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_hsic_is_the_u_statistic() -> None:
     one, other = x @ x.T, y @ y.T
     found = float(unbiased_hsic(one, other))
     assert found == pytest.approx(hsic_by_definition(one.numpy(), other.numpy()), rel=1e-9)
-    # a common offset of the features is not seen
+    # a common offset of the features has no effect
     moved = (x + 3) @ (x + 3).T
     assert float(unbiased_hsic(moved, other)) == pytest.approx(found, rel=1e-9)
 
 
-def test_cka_knows_no_rotation_and_no_scale_and_nothing_that_all_images_share() -> None:
+def test_cka_is_invariant_to_rotation_scale_and_what_all_images_share() -> None:
     student, teacher = random(2, 12, 9, 5), random(2, 12, 9, 7, seed=1)
     plain = cka(student, teacher)
     rotation = torch.linalg.qr(random(5, 5, seed=2))[0]
@@ -72,7 +72,7 @@ def test_cka_of_unrelated_images_is_zero_for_batches_of_any_size() -> None:
     related = random(8, 64, 4, 50)
     noisy = related + random(8, 64, 4, 50, seed=9)
     of_sizes = [cka(related, noisy, batch).mean().item() for batch in (8, 16, 64)]
-    # the same quantity, whatever the batch: noise as strong as the signal doubles a covariance
+    # noise as strong as the signal halves it, for batches of any size
     assert of_sizes == pytest.approx([0.5] * 3, abs=0.05)
 
 

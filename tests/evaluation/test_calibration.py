@@ -1,4 +1,4 @@
-"""Overconfidence and what temperature scaling leaves, against grids and constructions."""
+"""Overconfidence, and calibration after temperature scaling, against grids and constructions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from basd.evaluation.classification import classification_metrics
 
 
 def sampled(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that are the truth: labels drawn from their softmax."""
+    """Calibrated logits: the labels are drawn from their softmax."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(n, 5, generator=generator)
     return logits, torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
 
 
-def test_the_temperature_has_the_least_likelihood_of_a_grid() -> None:
+def test_the_temperature_is_the_best_of_a_grid() -> None:
     logits, labels = sampled(300, 0)
     found = fit_temperature(3 * logits, labels)
     grid = [2 + 0.01 * step for step in range(200)]
     best = min(grid, key=lambda t: float(F.cross_entropy(3 * logits.double() / t, labels)))
     assert found == pytest.approx(best, abs=0.011)
-    # all right: the colder the better, to the end of the range
+    # where all answers are right or all are wrong the temperature is at an end of its range
     assert fit_temperature(torch.eye(3), torch.arange(3)) == pytest.approx(1e-3)
     assert fit_temperature(torch.eye(3), torch.tensor([1, 2, 0])) == pytest.approx(1e3)
 
@@ -37,7 +37,7 @@ def test_overconfidence_has_a_sign() -> None:
         assert overconfidence(logits, labels) == pytest.approx(expected, abs=1e-6)
 
 
-def test_scaling_mends_a_temperature_and_nothing_else() -> None:
+def test_scaling_corrects_a_temperature_and_nothing_else() -> None:
     logits, labels = sampled(4000, 0)
     other, other_labels = sampled(4000, 1)
     hot = calibration(4 * logits, labels, 4 * other, other_labels)
@@ -49,7 +49,7 @@ def test_scaling_mends_a_temperature_and_nothing_else() -> None:
     assert calibration(logits, shuffled, other, other_labels)["ece_scaled"] > 0.1
 
 
-def test_a_logit_that_is_not_finite_says_nothing() -> None:
+def test_a_logit_that_is_not_finite_gives_nan() -> None:
     logits, labels = sampled(10, 0)
     broken = logits.clone()
     broken[0, 0] = math.inf

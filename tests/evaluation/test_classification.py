@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from each import each
 from torch import Tensor
 
 from basd.evaluation.classification import classification_metrics, evaluate, predict
@@ -37,8 +38,8 @@ def reference(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"top1": top1 / n, "top5": top5 / n, "nll": nll / n, "ece": ece}
 
 
-@pytest.mark.parametrize("scale", [0.1, 2.0, 30.0])
-@pytest.mark.parametrize("classes", [3, 10])
+@each("scale", [0.1, 2.0, 30.0])
+@each("classes", [3, 10])
 def test_against_a_loop(classes: int, scale: float) -> None:
     logits, labels = problem(classes=classes, scale=scale)
     got = classification_metrics(logits, labels)
@@ -63,18 +64,13 @@ def test_calibrated_by_construction() -> None:
     assert metrics["top5"] == 1  # of two classes
 
 
-def test_half_precision_is_read_exactly() -> None:
+def test_half_precision_is_read_exactly_and_the_order_does_not_matter() -> None:
     logits, labels = problem()
     half = logits.bfloat16()
     assert classification_metrics(half, labels) == classification_metrics(half.double(), labels)
-
-
-def test_order_of_samples_does_not_matter() -> None:
-    logits, labels = problem()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
-    assert classification_metrics(logits[order], labels[order]) == pytest.approx(
-        classification_metrics(logits, labels), rel=1e-12
-    )
+    expected = classification_metrics(logits, labels)
+    assert classification_metrics(logits[order], labels[order]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_non_finite_logits_are_wrong() -> None:

@@ -1,4 +1,4 @@
-"""Noise by band: its energy lies in its band and nowhere else; sensitivity of models whose answer is known."""
+"""The energy of a band's noise lies in its band; the sensitivity of models that are known in closed form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from each import each
 from torch import Tensor
 
 from basd.evaluation.frequency import BANDS, NOISE, band_noise, sensitivity
@@ -16,8 +17,8 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("size", [20, 33])
-@pytest.mark.parametrize("band", range(len(BANDS)))
+@each("size", [20, 33])
+@each("band", range(len(BANDS)))
 def test_the_energy_lies_in_the_band(band: int, size: int) -> None:
     noise = band_noise(4, size, band, generator()).double().numpy()
     assert np.sqrt((noise**2).mean(axis=(1, 2, 3))) == pytest.approx(NOISE, rel=1e-5)
@@ -45,7 +46,7 @@ def test_sensitivity_against_a_loop() -> None:
     change = sum(float(((b[i] - a[i]) ** 2).sum()) for i in range(7))
     spread = sum(float(((a[i] - a.mean(axis=0)) ** 2).sum()) for i in range(7))
     assert sensitivity(logits, disturbed) == pytest.approx(math.sqrt(change / spread))
-    # what softmax does not see, and the scale of the logits, do not count
+    # neither a constant added to all logits nor their scale has an effect
     assert sensitivity(3 * logits + 1, 3 * disturbed + 2) == pytest.approx(sensitivity(logits, disturbed))
     assert sensitivity(logits, logits) == 0
     assert math.isnan(sensitivity(torch.ones(3, 2), torch.ones(3, 2)))

@@ -1,4 +1,4 @@
-"""Shift consistency counted in a loop; 1 for what is invariant to shifts."""
+"""Shift consistency against a loop; it is 1 for a model that shifts do not change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_against_a_loop() -> None:
 
 
 def test_a_model_without_places_is_consistent() -> None:
-    # of whole numbers, so that the sum does not depend on the order
+    # whole numbers: the sum does not depend on the order
     images = torch.randint(256, (30, 3, 40, 40), generator=torch.Generator().manual_seed(0)).float()
     assert shift_consistency(*answers(lambda x: x.sum(dim=(2, 3)), images)) == 1
 
