@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tiny import TINY, MemoryRecorder
-from toggles import TOGGLES, overrides_of
+from toggles import PACKED, TOGGLES, overrides_of
 from torch import Tensor, nn
 
 from basd import distributed
@@ -31,9 +31,8 @@ from basd.training.team import together
 
 WORLD, BATCH, CLASSES, SIZE = 2, 8, 10, 20
 PLAIN = ["student.drop_path=0.0", "recipe.duration=10 steps", f"recipe.batch_size={BATCH}"]
-# objectives that no loss of a toggle changes: they differ in how images and schedules are made
-SAME = ("views", "mixing.probability")
-CASES = [name for name in TOGGLES if not name.startswith(SAME)]
+# presets, and arms of several toggles by the joined names
+CASES = {"+".join(names): names for names in (*((name,) for name in TOGGLES if name.startswith("method=")), *PACKED)}
 Found = dict[str, Tensor]
 
 
@@ -56,8 +55,8 @@ def write_configs(folder: Path) -> None:
 
     def composed(name: str) -> Config:
         # 8 pooled images have 28 pairs
-        few = ["losses.rel.num_pairs=20"] if "vertices=pooled" in name else []
-        return compose([*TINY, *PLAIN, *overrides_of(name), *few]).config
+        few = ["losses.rel.num_pairs=20"] if "vertices=pooled" in name and "pairs=all" not in name else []
+        return compose([*TINY, *PLAIN, *overrides_of(*CASES[name]), *few]).config
 
     (folder / "configs.json").write_text(json.dumps({name: composed(name).to_dict() for name in CASES}))
 
@@ -233,7 +232,7 @@ def main(own: int, port: str, folder: Path) -> None:
     report: dict[str, Any] = {}
     prepared = runs_alone(folder) if own == 0 else None
     use(torch.float64)
-    alone = {name: one_case(name) for name in CASES[own::WORLD]}
+    alone = {name: one_case(name) for name in list(CASES)[own::WORLD]}
     if own == 1:
         alone["basd"] = one_case("basd")
 

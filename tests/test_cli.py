@@ -1,4 +1,4 @@
-"""The `basd` command as a user meets it: a real ledger, a real MLflow database, and real processes where it trains."""
+"""The `basd` command as a user meets it: a real ledger, a real MLflow database, and real worker processes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from pathlib import Path
 import mlflow
 import pytest
 from command import basd_here
+from project import SETTINGS, TABLE, Project
 from tiny import TINY
 
 from basd.cli import main
-
-TABLE = ["leave_one_out", *TINY, "rows=[basd,without_attn,ce]", "seeds=[0,1,2]", "recipe.duration=2 epochs"]
 
 
 def basd(*arguments: str, cwd: Path, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -38,15 +37,14 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(project: Project) -> Path:
+    return project.cache
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A complete table."""
-    folder = tmp_path_factory.mktemp("grid")
-    return folder, basd("grid", *TABLE, cwd=folder, cache=cache)
+def grid(project: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A directory with a complete table, and what `basd grid` printed."""
+    return project.copy(tmp_path_factory.mktemp("grid")), project.said
 
 
 def table_of(output: str) -> list[str]:
@@ -66,26 +64,31 @@ def metrics_of(folder: Path) -> dict[str, tuple[str, dict[str, float]]]:
     return found
 
 
+def assert_same_arms(folder: Path, project: Path) -> None:
+    """The table's nine arms, as they were trained without trouble."""
+    expected, found = metrics_of(project), metrics_of(folder)
+    assert len(found) == 9 and found == {key: expected[key] for key in found}
+
+
 def final_of(path: Path) -> tuple[str, dict[str, float]]:
     last = json.loads(path.read_text().splitlines()[-1])
     return last.get("end"), last["metrics"]
 
 
 def test_grid_trains_everything_and_prints_the_table(grid) -> None:
-    folder, done = grid
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    text = "\n".join(table_of(done.stdout))
+    folder, said = grid
+    assert "Traceback" not in said
+    text = "\n".join(table_of(said))
     for label in ("BASD (complete)", "without attn", "cross-entropy only", "reference", "n too small", "Holm"):
         assert label in text
-    assert "Trained 9 arms" in done.stdout
-    assert "mlflow ui" in done.stdout
-    written = sorted(path.name for path in folder.glob("reports/*/*"))
+    assert "Trained 9 arms" in said
+    assert "mlflow ui" in said
+    written = sorted(path.name for path in folder.glob("reports/*/leave_one_out.*"))
     endings = ("csv", "forest.pdf", "forest.png", "html", "json", "md", "runs.csv", "tex")
     assert written == [f"leave_one_out.{ending}" for ending in endings]
-    assert "\\toprule" in next(folder.glob("reports/*/*.tex")).read_text()
+    assert "\\toprule" in next(folder.glob("reports/*/leave_one_out.tex")).read_text()
     index = (folder / "reports" / "index.html").read_text()
-    assert "/leave_one_out.html" in index and "3 n too small" not in index and "2 n too small" in index
+    assert "/leave_one_out.html" in index and "verdicts: 2 n too small" in index
 
 
 def test_mlflow_holds_parents_and_nested_arms_by_the_names_of_the_design(grid) -> None:
@@ -93,9 +96,10 @@ def test_mlflow_holds_parents_and_nested_arms_by_the_names_of_the_design(grid) -
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name.startswith("digits-")]
     runs = client.search_runs([experiment.experiment_id])
-    arms = [run for run in runs if "basd.arm_key" in run.data.tags]
-    (table,) = [run for run in runs if "basd.table" in run.data.tags]
-    parents = [run for run in runs if run not in arms and run is not table]
+    of_table = [run for run in runs if "basd.ablation.leave_one_out" in run.data.tags]
+    arms = [run for run in of_table if "basd.arm_key" in run.data.tags]
+    (table,) = [run for run in runs if run.data.tags.get("basd.table") == "leave_one_out"]
+    parents = [run for run in of_table if run not in arms]
     assert (len(arms), len(parents)) == (9, 3)
     assert table.info.run_name == "table: leave_one_out" and "| BASD" in table.data.tags["mlflow.note.content"]
     files = {file.path for file in client.list_artifacts(table.info.run_id, "report")}
@@ -107,7 +111,7 @@ def test_mlflow_holds_parents_and_nested_arms_by_the_names_of_the_design(grid) -
         tags, metrics = arm.data.tags, arm.data.metrics
         parent = by_id[tags["mlflow.parentRunId"]]
         assert parent.data.tags["basd.configuration_key"] == tags["basd.configuration_key"]
-        assert {"basd.seed", "basd.version", "basd.cohort", "basd.ablation.leave_one_out"} <= tags.keys()
+        assert {"basd.seed", "basd.version", "basd.cohort"} <= tags.keys()
         assert {
             "train/loss",
             "train/ce",
@@ -155,10 +159,10 @@ def test_a_second_call_trains_nothing_and_prints_the_same(grid, cache: Path) -> 
     status, said = basd_here("grid", *TABLE, cwd=folder, cache=cache)
     assert status == 0
     assert "Nothing to train" in said
-    assert table_of(said) == table_of(first.stdout)
+    assert table_of(said) == table_of(first)
     assert {path: path.read_bytes() for path in before} == before
     _, said = basd_here("report", "leave_one_out", "--figures", "table", cwd=folder, cache=cache)
-    assert table_of(said) == table_of(first.stdout)
+    assert table_of(said) == table_of(first)
     assert {path: path.read_bytes() for path in folder.glob("reports/**/*") if path.is_file()} == before
     _, said = basd_here("status", cwd=folder, cache=cache)
     assert "9 of 9 arms done" in said
@@ -195,12 +199,13 @@ def test_report_all_lists_what_could_not_be_written(
     assert (tmp_path / "reports" / plans.parent.name / "other.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_table_of_older_code_is_told_and_trained_again_on_demand(
     grid, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     folder, _ = grid
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "reports")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASD_CACHE", str(cache))
     monkeypatch.setattr("basd.grid.plan.code_version", lambda: "newer")
@@ -226,7 +231,7 @@ def test_a_table_of_older_code_is_told_and_trained_again_on_demand(
 
 def test_train_knows_an_arm_that_a_grid_has_finished(grid, cache: Path) -> None:
     folder, _ = grid
-    status, said = basd_here("train", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1", cwd=folder, cache=cache)
+    status, said = basd_here("train", *SETTINGS, "method=ce", "seed=1", cwd=folder, cache=cache)
     assert status == 0
     assert "Finished before: val/top1" in said
 
@@ -241,12 +246,12 @@ factors:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_factorial_of_trained_arms_is_reported_by_its_factors(grid, cache: Path, tmp_path: Path) -> None:
     shutil.copytree(grid[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.yaml").write_text(FACTORIAL)
-    command = ["grid", "mine", *TINY, "recipe.duration=2 epochs", "--delta", "0.5"]
+    command = ["grid", "mine", *SETTINGS, "--delta", "0.5"]
     status, said = basd_here(*command, cwd=tmp_path, cache=cache)
     assert status == 0 and "Nothing to train" in said, said
     assert "Effects of the factors on test top-1 (points)" in said and "Shapley value" in said
@@ -269,20 +274,20 @@ def test_a_wanted_difference_is_a_number_above_0(capsys: pytest.CaptureFixture[s
         assert f"{wrong} must be a number above 0, such as 0.5" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_train_again_is_a_run_of_its_own_that_no_table_counts(grid, cache: Path) -> None:
     folder, first = grid
-    again = ["train", "--again", *TINY, "recipe.duration=2 epochs", "method=ce", "seed=1"]
+    again = ["train", "--again", *SETTINGS, "method=ce", "seed=1"]
     status, said = basd_here(*again, cwd=folder, cache=cache)
     assert status == 0, said
     (journal,) = folder.glob("runs/*/*-again-*/journal.jsonl")
     original = journal.parent.name.split("-")[0]
     assert final_of(journal) == metrics_of(folder)[original], "the same numbers, bit for bit"
     _, said = basd_here("report", "leave_one_out", cwd=folder, cache=cache)
-    assert table_of(said) == table_of(first.stdout)
+    assert table_of(said) == table_of(first)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_multirun_trains_every_combination_and_repeats_none(store: Path, cache: Path, tmp_path: Path) -> None:
     shutil.copy(store, tmp_path / "mlflow.db")
     command = ["train", "-m", *TINY, "recipe.duration=6 steps", "method=ce", "seed=0,1"]
@@ -297,7 +302,7 @@ def test_multirun_trains_every_combination_and_repeats_none(store: Path, cache: 
     assert status == 2 and "did you mean selector?" in said
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(grid, cache: Path, tmp_path: Path) -> None:
     folder, _ = grid
     command = [sys.executable, "-m", "basd", "grid", *TABLE]
@@ -315,7 +320,7 @@ def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(grid, cache: Path,
         process.wait()
     done = basd("grid", *TABLE, cwd=tmp_path, cache=cache)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert metrics_of(tmp_path) == metrics_of(folder)
+    assert_same_arms(tmp_path, folder)
 
 
 def workers_of(parent: int) -> list[int]:
@@ -327,7 +332,7 @@ def workers_of(parent: int) -> list[int]:
         return []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_grids_at_once_train_each_arm_once(grid, cache: Path, tmp_path: Path) -> None:
     folder, first = grid
     command = [sys.executable, "-m", "basd", "grid", *TABLE]
@@ -339,8 +344,8 @@ def test_two_grids_at_once_train_each_arm_once(grid, cache: Path, tmp_path: Path
     ]
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert metrics_of(tmp_path) == metrics_of(folder)
-    assert [table_of(output)[:8] for output in outputs] == [table_of(first.stdout)[:8]] * 2
+    assert_same_arms(tmp_path, folder)
+    assert [table_of(output)[:8] for output in outputs] == [table_of(first)[:8]] * 2
     logs = "".join(path.read_text() for path in tmp_path.glob("runs/*/logs/*.log"))
     assert logs.count(" complete") == 9, logs
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -349,61 +354,59 @@ def test_two_grids_at_once_train_each_arm_once(grid, cache: Path, tmp_path: Path
     assert len(client.search_runs([experiment.experiment_id])) == 13
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["grid", "leave_one_ot"], "did you mean leave_one_out?"),
-        (["grid", "leave_one_out", "rows=[basd,nothing]"], "nothing is not a row of leave_one_out"),
-        (["grid", "leave_one_out", "seeds=[]"], "at least one"),
-        (["train", "selctor=uniform"], "did you mean selector?"),
-        (["train", "student.points=[0,9]"], "student.points holds block 9"),
-        (["train", *(f"losses.{name}.enabled=false" for name in ("rsd", "rel", "attn", "spectral"))], "every loss off"),
-        (["train", "teacher=timm", "teacher.model=resnet18"], "VisionTransformer family"),
-        (["train", "teacher=timm", "teacher.model=vit_nothing"], "is not a model of timm"),
-        (["train", "teacher=timm", "teacher.weights=weights.bin"], ".safetensors"),
-        (["report", "leave_one_out"], "nothing was planned here"),
-        (["report"], "name one table"),
-        (["status", "leave_one_ot"], "did you mean leave_one_out?"),
-    ],
+MISTAKES = (
+    (["grid", "leave_one_ot"], "did you mean leave_one_out?"),
+    (["grid", "leave_one_out", "rows=[basd,nothing]"], "nothing is not a row of leave_one_out"),
+    (["grid", "leave_one_out", "seeds=[]"], "at least one"),
+    (["train", "selctor=uniform"], "did you mean selector?"),
+    (["train", "student.points=[0,9]"], "student.points holds block 9"),
+    (["train", *(f"losses.{name}.enabled=false" for name in ("rsd", "rel", "attn", "spectral"))], "every loss off"),
+    (["train", "teacher=timm", "teacher.model=resnet18"], "VisionTransformer family"),
+    (["train", "teacher=timm", "teacher.model=vit_nothing"], "is not a model of timm"),
+    (["train", "teacher=timm", "teacher.weights=weights.bin"], ".safetensors"),
+    (["report", "leave_one_out"], "nothing was planned here"),
+    (["report"], "name one table"),
+    (["status", "leave_one_ot"], "did you mean leave_one_out?"),
 )
+
+
 def test_bad_input_is_one_sentence_and_status_2(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASD_CACHE", str(tmp_path / "cache"))
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("basd: ")
-    assert said in captured.err
-    assert "Traceback" not in captured.out + captured.err
+    for arguments, sentence in MISTAKES:
+        assert main(arguments) == 2, arguments
+        said = capsys.readouterr()
+        assert said.err.startswith("basd: ") and sentence in said.err, arguments
+        assert "Traceback" not in said.out + said.err, arguments
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "ledger.db").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("tracking.uri=http://127.0.0.1:9", "127.0.0.1:9"),
-        ("tracking.uri=sqlite:////proc/nowhere/mlflow.db", "/proc/nowhere"),
-        ("ledger.url=sqlite:////proc/nowhere/ledger.db", "/proc/nowhere"),
-        ("ledger.url=nonsense", "ledger.url=nonsense"),
-        ("runtime.directory=/proc/nowhere", "/proc/nowhere"),
-        ("runtime.device=cuda:9", "cuda"),
-    ],
+UNUSABLE = (
+    ("tracking.uri=http://127.0.0.1:9", "127.0.0.1:9"),
+    ("tracking.uri=sqlite:////proc/nowhere/mlflow.db", "/proc/nowhere"),
+    ("ledger.url=sqlite:////proc/nowhere/ledger.db", "/proc/nowhere"),
+    ("ledger.url=nonsense", "ledger.url=nonsense"),
+    ("runtime.directory=/proc/nowhere", "/proc/nowhere"),
+    ("runtime.device=cuda:9", "cuda"),
 )
+
+
 def test_an_unusable_resource_stops_before_training_and_loses_nothing(
-    override: str, said: str, grid, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASD_CACHE", str(cache))
-    assert main(["grid", "--quiet", *TABLE, "rows=[basd]", override]) == 2
-    captured = capsys.readouterr()
-    assert said in captured.out + captured.err
-    assert "Traceback" not in captured.out + captured.err
+    for override, sentence in UNUSABLE:
+        assert main(["grid", "--quiet", *TABLE, "rows=[basd]", override]) == 2, override
+        said = capsys.readouterr()
+        assert sentence in said.out + said.err and "Traceback" not in said.out + said.err, override
     assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))
 
 
-def test_doctor_and_teacher(cache: Path, grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_doctor_and_teacher(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASD_CACHE", str(cache))
     assert main(["doctor", *TINY]) == 0

@@ -1,4 +1,7 @@
-"""What holds for every toggle: complete coverage, gradients, movement, bfloat16, resume, cohort = solo."""
+"""What holds for every toggle: complete coverage, gradients, movement, bfloat16, resume, cohort = solo.
+
+`pytest` tries arms of several toggles, which together contain all of them; `pytest --full` tries each toggle alone.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY, MemoryRecorder, same_bits, state_of
-from toggles import TOGGLES, overrides_of
+from toggles import PACKED, TOGGLES, overrides_of
 
 from basd.compose import compose
-from basd.config import GROUPS, Config, FrozenArm, flatten, from_dict
+from basd.config import GROUPS, Config, FrozenArm, flatten, from_dict, without_effect
 from basd.data import load
 from basd.data.images import epoch_order
 from basd.grid.plan import Preparer
@@ -59,6 +62,18 @@ def test_every_choice_is_a_toggle() -> None:
     assert wanted <= seen, sorted(map(str, wanted - seen))
 
 
+def test_the_packed_arms_contain_every_toggle_and_each_has_an_effect() -> None:
+    packed = {name for names in PACKED for name in names}
+    # golden traces and `--full` hold the presets; without the token that one of them has, deit_soft is kd
+    alone = {name for name in TOGGLES if name.startswith("method=")} | {"losses.logit.kind=deit_soft"}
+    assert TOGGLES.keys() - alone <= packed
+    for names in PACKED:
+        given = [text for name in names for text in TOGGLES[name]]
+        config = compose([*TINY, *overrides_of(*names)]).config
+        assert without_effect(config, [text.partition("=")[0] for text in given]) == [], names
+        assert set(given) <= set(overrides_of(*names))
+
+
 # -- one arm, step by step --------------------------------------------------------------------------------------------
 
 
@@ -86,18 +101,24 @@ class Bench:
         return self.arm.train_step(batch, views)
 
 
+Toggles = tuple[str, ...]
+ALONE: tuple[Toggles, ...] = tuple((name,) for name in TOGGLES)
+# daily, and with --full
+SETS = [pytest.param(PACKED, id="packed"), pytest.param(ALONE, id="alone", marks=pytest.mark.full)]
+
+
 @pytest.fixture
 def bench(tiny_arm: MakeArm, preparer: Preparer) -> Callable[..., Bench]:
-    return lambda name, *more: Bench(tiny_arm(*overrides_of(name), SMALL_BATCH, *more), preparer)
+    return lambda names, *more: Bench(tiny_arm(*overrides_of(*names), SMALL_BATCH, *more), preparer)
 
 
 # Distillation parameters that a toggle never trains, by the start of their names.
-NEVER: dict[str, tuple[str, ...]] = {
+NEVER: dict[str, Toggles] = {
     "token_aligner.gradient=detached": ("token_aligner.",),
     "token_aligner.values=projected,detached": ("token_aligner.",),
 }
 # Parameters without a gradient at the first step: their loss starts later, or is at the value that they start for.
-LATER: dict[str, tuple[str, ...]] = {
+LATER: dict[str, Toggles] = {
     "warmup=staggered": ("projections.", "head_aligner."),
     # e^s·L/L_first − s with s = 0
     "weighting=imtl_l,scale=first": ("weighting.s.",),
@@ -110,38 +131,47 @@ def starting_with(names: Iterable[str], starts: tuple[str, ...]) -> set[str]:
     return {name for name in names if name.startswith(starts)}
 
 
-@pytest.mark.parametrize("name", TOGGLES)
-def test_gradients_reach_what_they_should_and_everything_moves(name: str, bench: Callable[..., Bench]) -> None:
-    # the preset that is staggered by itself
-    ramps = ["warmup=none"] if name == "method=basd_literal" else []
+def listed(table: dict[str, Toggles], names: Toggles) -> Toggles:
+    return tuple(start for name in names for start in table.get(name, ()))
+
+
+@pytest.mark.parametrize("arms", SETS)
+def test_gradients_reach_what_they_should_and_everything_moves(
+    arms: tuple[Toggles, ...], bench: Callable[..., Bench]
+) -> None:
     plain = ["recipe.weight_decay=0.0", "recipe.lr_warmup=0 steps", "recipe.clip_grad=0.0", "recipe.duration=15 steps"]
-    made = bench(name, *ramps, *plain)
-    objective, student = made.arm.objective, made.arm.student
-    before = {key: value.detach().clone() for key, value in objective.named_parameters()}
-    made.step()
-    resting = {key for key, p in objective.named_parameters() if p.grad is None or not bool((p.grad != 0).any())}
-    assert resting == starting_with(before, (*NEVER.get(name, ()), *LATER.get(name, ()), *ZERO_START))
-    for module in (student, objective):
-        for key, parameter in module.named_parameters():
-            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), key
-    for key, parameter in student.named_parameters():
-        assert parameter.grad is not None and bool((parameter.grad != 0).any()), key
-    made.step()
-    made.step()
-    still = {key for key, p in objective.named_parameters() if torch.equal(p, before[key])}
-    assert still == starting_with(before, NEVER.get(name, ()))
-    assert all(parameter.grad is None for parameter in made.teacher.model.parameters())
+    for names in arms:
+        # the preset that is staggered by itself
+        ramps = ["warmup=none"] if names == ("method=basd_literal",) else []
+        made = bench(names, *ramps, *plain)
+        objective, student = made.arm.objective, made.arm.student
+        before = {key: value.detach().clone() for key, value in objective.named_parameters()}
+        made.step()
+        resting = {key for key, p in objective.named_parameters() if p.grad is None or not bool((p.grad != 0).any())}
+        idle = (*listed(NEVER, names), *listed(LATER, names), *ZERO_START)
+        assert resting == starting_with(before, idle), names
+        for module in (student, objective):
+            for key, parameter in module.named_parameters():
+                assert parameter.grad is None or torch.isfinite(parameter.grad).all(), (names, key)
+        for key, parameter in student.named_parameters():
+            assert parameter.grad is not None and bool((parameter.grad != 0).any()), (names, key)
+        made.step()
+        made.step()
+        still = {key for key, p in objective.named_parameters() if torch.equal(p, before[key])}
+        assert still == starting_with(before, listed(NEVER, names)), names
+        assert all(parameter.grad is None for parameter in made.teacher.model.parameters()), names
 
 
-@pytest.mark.parametrize("name", TOGGLES)
-def test_bfloat16_autocast_gives_finite_gradients(name: str, bench: Callable[..., Bench]) -> None:
-    made = bench(name)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = made.step()
-    assert all(torch.isfinite(torch.as_tensor(value)) for value in parts.values())
-    for module in (made.arm.student, made.arm.objective):
-        for key, parameter in module.named_parameters():
-            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), key
+@pytest.mark.parametrize("arms", SETS)
+def test_bfloat16_autocast_gives_finite_gradients(arms: tuple[Toggles, ...], bench: Callable[..., Bench]) -> None:
+    for names in arms:
+        made = bench(names)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = made.step()
+        assert all(torch.isfinite(torch.as_tensor(value)) for value in parts.values()), names
+        for module in (made.arm.student, made.arm.objective):
+            for key, parameter in module.named_parameters():
+                assert parameter.grad is None or torch.isfinite(parameter.grad).all(), (names, key)
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -149,87 +179,71 @@ def test_bfloat16_autocast_gives_finite_gradients(name: str, bench: Callable[...
 STEPS, KILLED_AFTER = 4, 2
 
 
-def train(arms: dict[str, FrozenArm], root: Path, stop_after: int | None = None) -> dict[str, MemoryRecorder]:
-    recorders = {name: MemoryRecorder() for name in arms}
-    return resume(arms, root, recorders, stop_after)
-
-
-def resume(
-    arms: dict[str, FrozenArm], root: Path, recorders: dict[str, MemoryRecorder], stop_after: int | None = None
-) -> dict[str, MemoryRecorder]:
-    done = 0
-
-    def stop() -> bool:
-        nonlocal done
-        done += 1
-        return stop_after is not None and done > stop_after
-
-    directories = [root / folder(name) for name in arms]
-    results = train_cohort(list(arms.values()), directories, [recorders[name] for name in arms], stop=stop)
-    wanted = "complete" if stop_after is None else "stopped"
-    assert [(r.status, r.reason) for r in results if r.status != wanted] == []
-    return recorders
-
-
-def history_of(directory: Path) -> str | None:
-    """The selector's history as it was exported; None for an arm without a selector."""
-    path = directory / "artifacts" / "selector_history.csv"
-    return path.read_text() if path.exists() else None
-
-
-def folder(name: str) -> str:
-    return str(list(TOGGLES).index(name))
-
-
 @dataclasses.dataclass
 class Runs:
-    arms: dict[str, FrozenArm]
+    """Arms by the toggles that they contain, each in its folder below `root`."""
+
+    arms: dict[Toggles, FrozenArm]
     root: Path
-    cohort: dict[str, MemoryRecorder]
+
+    def folder(self, names: Toggles) -> Path:
+        return self.root / str(list(self.arms).index(names))
+
+    def train(self, recorders: dict[Toggles, MemoryRecorder], stop_after: int | None = None) -> None:
+        """Train the recorders' arms in one cohort, from their checkpoints where they have one."""
+        done = 0
+
+        def stop() -> bool:
+            nonlocal done
+            done += 1
+            return stop_after is not None and done > stop_after
+
+        arms, folders = [self.arms[names] for names in recorders], [self.folder(names) for names in recorders]
+        results = train_cohort(arms, folders, list(recorders.values()), stop=stop)
+        wanted = "complete" if stop_after is None else "stopped"
+        assert [(r.status, r.reason) for r in results if r.status != wanted] == []
+
+    def end_of(self, names: Toggles) -> tuple[dict[str, torch.Tensor], str | None]:
+        """The student, and the selector's history as it was exported; None for an arm without a selector."""
+        history = self.folder(names) / "artifacts" / "selector_history.csv"
+        return state_of(self.folder(names)), history.read_text() if history.exists() else None
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_arm: MakeArm, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every toggle in one cohort: the reference of the next two tests."""
-    arms = {name: tiny_arm(*overrides_of(name), SMALL_BATCH, f"recipe.duration={STEPS} steps") for name in TOGGLES}
-    root = tmp_path_factory.mktemp("toggles")
-    return Runs(arms, root, train(arms, root / "cohort"))
+def assert_same(one: Runs, other: Runs, names: Toggles) -> None:
+    (student, history), (expected, expected_history) = one.end_of(names), other.end_of(names)
+    assert same_bits(student, expected), names
+    assert history == expected_history, names
 
 
-@pytest.fixture(scope="module")
-def resumed(runs: Runs) -> dict[str, MemoryRecorder]:
-    root = runs.root / "resumed"
-    return resume(runs.arms, root, train(runs.arms, root, stop_after=KILLED_AFTER))
+@pytest.mark.parametrize("toggles", SETS)
+def test_resume_and_cohort_are_bit_for_bit_the_arm_alone(
+    toggles: tuple[Toggles, ...], tiny_arm: MakeArm, tmp_path: Path
+) -> None:
+    """One cohort of all, the same stopped on the way and resumed, and each arm alone. The export is the student alone."""
+    arms = {names: tiny_arm(*overrides_of(*names), SMALL_BATCH, f"recipe.duration={STEPS} steps") for names in toggles}
+    runs = {how: Runs(arms, tmp_path / how) for how in ("cohort", "resumed", "alone")}
+    seen = {how: {names: MemoryRecorder() for names in arms} for how in runs}
+    runs["cohort"].train(seen["cohort"])
+    runs["resumed"].train(seen["resumed"], stop_after=KILLED_AFTER)
+    assert all(len(recorder.events) < len(seen["cohort"][names].events) for names, recorder in seen["resumed"].items())
+    runs["resumed"].train(seen["resumed"])
+    for names in arms:
+        runs["alone"].train({names: seen["alone"][names]})
+        for how in ("resumed", "alone"):
+            assert seen[how][names].results == seen["cohort"][names].results, (how, names)
+            assert_same(runs[how], runs["cohort"], names)
+        exported, _ = runs["cohort"].end_of(names)
+        build_student(from_dict(arms[names].config).student, 10).load_state_dict(exported, strict=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TOGGLES)
-def test_resume_bit_for_bit(name: str, runs: Runs, resumed: dict[str, MemoryRecorder]) -> None:
-    assert resumed[name].results == runs.cohort[name].results
-    assert same_bits(state_of(runs.root / "resumed" / folder(name)), state_of(runs.root / "cohort" / folder(name)))
-    assert history_of(runs.root / "resumed" / folder(name)) == history_of(runs.root / "cohort" / folder(name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TOGGLES)
-def test_cohort_equals_solo(name: str, runs: Runs) -> None:
-    solo = train({name: runs.arms[name]}, runs.root / "solo")
-    assert solo[name].results == runs.cohort[name].results
-    assert same_bits(state_of(runs.root / "solo" / folder(name)), state_of(runs.root / "cohort" / folder(name)))
-    assert history_of(runs.root / "solo" / folder(name)) == history_of(runs.root / "cohort" / folder(name))
-
-
-def test_rows_start_from_the_same_student_and_export_nothing_else(runs: Runs, bench: Callable[..., Bench]) -> None:
-    """Every toggle that keeps the student's sizes starts from the same weights; the export is the student alone."""
-    plain = bench("basd").arm.student.state_dict()
+def test_rows_start_from_the_same_student(bench: Callable[..., Bench]) -> None:
+    """Every toggle that keeps the student's sizes starts from the same weights."""
+    plain = bench(("basd",)).arm.student.state_dict()
     for name in ("method=ce", "method=kd", "selector=alp", "method=a2d", "weighting=uncertainty"):
-        assert same_bits(plain, bench(name).arm.student.state_dict()), name
-    token = bench("method=deit_hard").arm.student.state_dict()
+        assert same_bits(plain, bench((name,)).arm.student.state_dict()), name
+    token = bench(("method=deit_hard",)).arm.student.state_dict()
     for key, value in plain.items():
         if key == "pos_embed":
             torch.testing.assert_close(token[key][:, [0, *range(2, token[key].shape[1])]], value, rtol=0, atol=0)
         else:
             assert torch.equal(token[key], value), key
-    for name in TOGGLES:
-        exported = state_of(runs.root / "cohort" / folder(name))
-        build_student(from_dict(runs.arms[name].config).student, 10).load_state_dict(exported, strict=True)

@@ -109,7 +109,8 @@ TOGGLES: dict[str, tuple[str, ...]] = {
     "weighting=uwo,total=one": ("weighting=uwo", "weighting.total=one"),
     "weighting=uwo,total=n_active": ("weighting=uwo", "weighting.total=n_active"),
     "weighting=rlw,total=one": ("weighting=rlw", "weighting.total=one"),
-    "weighting.order=ramp_then_weights": ("weighting.order=ramp_then_weights",),
+    # without a ramp the order changes nothing
+    "weighting.order=ramp_then_weights": ("weighting.order=ramp_then_weights", "warmup=simultaneous"),
     "warmup=staggered": ("warmup=staggered",),
     "warmup=simultaneous": ("warmup=simultaneous",),
     "objective.ce_weight=0.5": ("objective.ce_weight=0.5",),
@@ -117,9 +118,53 @@ TOGGLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def overrides_of(name: str) -> list[str]:
-    """A tiny arm's overrides; every loss counts in full from the first step, unless warmup is the toggle."""
-    own = TOGGLES[name]
-    method = any(text.startswith("method=") for text in own)
-    warmup = [] if method or any(text.startswith("warmup=") for text in own) else ["warmup=none"]
-    return [*warmup, *own]
+# Arms that together contain every toggle but the presets, which have golden traces; no toggle of an arm makes another idle.
+PACKED: tuple[tuple[str, ...], ...] = (
+    ("basd",),
+    ("method=basd_literal",),
+    ("method=deit_hard",),
+    ("method=deit_soft",),
+    ("weighting=equal", "weighting.scale=first_mean", "selector=static", "selector.entropy=spread",
+     "selector.temperature=0.5", "token_aligner=interpolate"),
+    ("weighting=fixed", "weighting.scale=none", "selector=alp", "selector.entropy=none", "token_aligner=student_projection",
+     "student.points=1"),
+    ("weighting=uwo", "weighting.total=one", "selector=uniform", "token_aligner=frozen_random", "student.points=all",
+     "views=single"),
+    ("weighting=uncertainty", "selector=forward", "token_aligner.values=projected", "token_aligner.gradient=detached",
+     "student.points=[0,2]", "views.geometry=independent"),
+    ("weighting=dwa", "selector=reverse", "token_aligner.values=projected,detached", "views.strong=randaugment_full",
+     "mixing=mixup", "mixing.targets=clean"),
+    ("weighting=rlw", "selector=random", "views.strong=three_augment", "mixing=cutmix", "mixing.targets=same_input",
+     "mixing.probability=0.5"),
+    ("weighting=gls", "selector=all_to_one", "mixing=none", "head_aligner=convex", "head_aligner.stack=all",
+     "losses.rsd.enabled=false"),
+    ("weighting=imtl_l", "selector=last", "mixing.targets=skip", "head_aligner=mean", "losses.rel.enabled=false",
+     "losses.spectral.enabled=false"),
+    ("weighting=equal,scale=first", "selector=spectral_similarity", "head_aligner=none", "losses.rsd.center=global",
+     "losses.rsd.target=teacher_correlation", "losses.rsd.projector=linear"),
+    ("weighting=fixed,scale=first", "head_aligner=a2d", "losses.rsd.samples=cls", "losses.rsd.projector=none",
+     "losses.rsd.reduction=sum", "losses.rsd.kappa=0.1"),
+    ("weighting=uwo,scale=first", "head_aligner=convex,stack=all", "losses.rsd.samples=mean_pool", "losses.rel.pairs=all",
+     "losses.rel.vertices=pooled", "losses.rel.edge=difference"),
+    ("weighting=uncertainty,scale=first", "losses.attn.enabled=false", "losses.rsd.samples=pre_logits",
+     "losses.rel.vertices=logits", "losses.rel.huber_delta=0.1", "losses.rel.prune=0"),
+    ("weighting=dwa,scale=first", "losses.rel.edge=cosine_gram", "losses.attn.normalize=log_n",
+     "losses.spectral.mode=half_spectrum", "losses.logit.kind=kd", "losses.feature.samples=patches"),
+    ("weighting=rlw,scale=first", "losses.attn.normalize=none", "losses.spectral.mode=log_magnitude",
+     "losses.logit.kind=deit_hard", "losses.feature.samples=cls"),
+    ("weighting=gls,scale=first", "losses.attn.normalize=sum", "losses.spectral.mode=phase",
+     "losses.logit.reduction=elements", "losses.feature.samples=both", "warmup=simultaneous"),
+    ("weighting=imtl_l,scale=first", "losses.spectral.mode=high_band", "objective.ce_weight=0.5",
+     "objective.target_norm=none"),
+    ("weighting=uwo,total=one", "losses.spectral.mode=low_band", "warmup=staggered"),
+    ("weighting=uwo,total=n_active", "losses.spectral.mode=spatial_mse"),
+    ("weighting=rlw,total=one",),
+    ("weighting.order=ramp_then_weights",),
+)  # fmt: skip
+
+
+def overrides_of(*names: str) -> list[str]:
+    """Overrides of a tiny arm with these toggles; every loss counts in full from the first step, unless warmup is one of them."""
+    own = [text for name in names for text in TOGGLES[name]]
+    given = any(text.startswith(("method=", "warmup=")) for text in own)
+    return own if given else ["warmup=none", *own]
