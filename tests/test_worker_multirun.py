@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import basd_here
 from tiny import TINY
 
 from basd.cli import main
@@ -15,7 +16,7 @@ from basd.cli import main
 TABLE = [*TINY, "rows=[basd,ce]", "seeds=[0,1]", "recipe.duration=1 epochs"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("launcher", [("joblib",), ("submitit_local", "hydra.launcher.timeout_min=5")])
 def test_a_launcher_starts_workers_that_share_the_table(launcher: tuple[str, ...], tmp_path: Path) -> None:
     environment = {**os.environ, "BASD_CACHE": str(tmp_path / "cache"), "COLUMNS": "160"}
@@ -27,13 +28,14 @@ def test_a_launcher_starts_workers_that_share_the_table(launcher: tuple[str, ...
     kind, *settings = launcher
     started = basd("worker", "leave_one_out", "-m", "worker=range(2)", f"hydra/launcher={kind}", *settings, *TABLE)
     assert started.returncode == 0, started.stdout + started.stderr
-    audit = basd("audit", "leave_one_out")
-    assert audit.returncode == 0 and "4 of 4 arms complete" in audit.stdout, audit.stdout + audit.stderr
-    refused = basd("worker", "leave_one_out", "-m", "worker=0", f"hydra/launcher={kind}", *settings, "lr=1")
-    assert refused.returncode == 2
+    status, said = basd_here("audit", "leave_one_out", cwd=tmp_path, cache=tmp_path / "cache")
+    assert status == 0 and "4 of 4 arms complete" in said, said
+    words = ["worker", "leave_one_out", "-m", "worker=0", f"hydra/launcher={kind}", *settings, "lr=1"]
+    status, said = basd_here(*words, cwd=tmp_path, cache=tmp_path / "cache")
+    assert status == 2 and "lr is not a setting" in said, said
 
 
-@pytest.mark.parametrize("numbers", [[], ["worker=a,b"], ["worker=0,0"], ["worker=range(0)"], ["worker=0", "worker=1"]])
-def test_workers_are_numbers(numbers: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["worker", "leave_one_out", "-m", *numbers]) == 2
-    assert "write worker=0,1,2 or 'worker=range(8)'" in capsys.readouterr().err
+def test_workers_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    for numbers in ([], ["worker=a,b"], ["worker=0,0"], ["worker=range(0)"], ["worker=0", "worker=1"]):
+        assert main(["worker", "leave_one_out", "-m", *numbers]) == 2, numbers
+        assert "write worker=0,1,2 or 'worker=range(8)'" in capsys.readouterr().err, numbers
