@@ -25,9 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--full",
         action="store_true",
-        help="also run the tests that kill processes, start services and launchers, run notebooks and try every choice",
+        help="also run the tests that take long, kill processes, start services and launchers, and run notebooks",
     )
-    group.addoption("--rare", action="store_true", help="run everything: --full and the exhaustive combinations")
+    group.addoption("--rare", action="store_true", help="run everything: --full, and each choice by itself")
 
 
 def pytest_configure(config: pytest.Config) -> None:

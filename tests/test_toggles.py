@@ -1,6 +1,6 @@
 """What holds for every toggle: complete coverage, gradients, movement, bfloat16, resume, cohort = solo.
 
-`pytest` tries arms of several toggles, which together contain all of them; `pytest --full` tries each toggle alone.
+`pytest` tries arms of several toggles, which together contain all of them; `pytest --rare` tries each toggle alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_every_choice_is_a_toggle() -> None:
 
 def test_the_packed_arms_contain_every_toggle_and_each_has_an_effect() -> None:
     packed = {name for names in PACKED for name in names}
-    # golden traces and `--full` hold the presets; without the token that one of them has, deit_soft is kd
+    # golden traces hold the presets; without the token that one of them has, deit_soft is kd
     alone = {name for name in TOGGLES if name.startswith("method=")} | {"losses.logit.kind=deit_soft"}
     assert TOGGLES.keys() - alone <= packed
     for names in PACKED:
@@ -103,8 +103,8 @@ class Bench:
 
 Toggles = tuple[str, ...]
 ALONE: tuple[Toggles, ...] = tuple((name,) for name in TOGGLES)
-# daily, and with --full
-SETS = [pytest.param(PACKED, id="packed"), pytest.param(ALONE, id="alone", marks=pytest.mark.full)]
+# daily, and with --rare
+SETS = [pytest.param(PACKED, id="packed"), pytest.param(ALONE, id="alone", marks=pytest.mark.rare)]
 
 
 @pytest.fixture
