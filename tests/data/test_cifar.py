@@ -1,10 +1,11 @@
-"""CIFAR from files as the originals are; a file cannot run code."""
+"""CIFAR from files in their original formats; a file cannot run code."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,18 +51,20 @@ def test_archive_folder_and_binary_version_hold_the_same(tmp_path: Path) -> None
             assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("python2", [True, False])
-def test_cifar100_has_fine_labels(tmp_path: Path, python2: bool) -> None:
-    for seed, name in enumerate(("train", "test")):
-        values = {
-            b"fine_labels": [i % 100 for i in range(200)],
-            b"coarse_labels": [0] * 200,
-            b"data": cifar_pixels(200, seed),
-        }
-        write_pickle(tmp_path / "cifar-100-python" / name, values, python2)
-    splits = load(Cifar100Config(root=str(tmp_path)))
-    assert splits.test.classes == 100 and splits.test.labels.max() == 99
-    assert [len(part) for part in splits] == [180, 20, 200]
+def test_cifar100_has_fine_labels(tmp_path: Path) -> None:
+    """Both as Python 2 pickled the original files and as Python 3 pickles them."""
+    for python2 in (True, False):
+        root = tmp_path / f"python2={python2}"
+        for seed, name in enumerate(("train", "test")):
+            values = {
+                b"fine_labels": [i % 100 for i in range(200)],
+                b"coarse_labels": [0] * 200,
+                b"data": cifar_pixels(200, seed),
+            }
+            write_pickle(root / "cifar-100-python" / name, values, python2)
+        splits = load(Cifar100Config(root=str(root)))
+        assert splits.test.classes == 100 and splits.test.labels.max() == 99, root.name
+        assert [len(part) for part in splits] == [180, 20, 200], root.name
 
 
 class Bad:
@@ -81,29 +84,24 @@ def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:
     assert not done.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda folder: (folder / "data_batch_3").unlink(), "data_batch_3 cannot be read"),
-        (lambda folder: (folder / "data_batch_3").write_bytes(b""), "data_batch_3 is not a file"),
-        (lambda folder: (folder / "test_batch").unlink(), "holds no cifar10; looked for cifar-10-batches-py/"),
-        (
-            lambda folder: write_pickle(folder / "data_batch_1", {b"data": cifar_pixels(2, 0), b"labels": [0, 10]}),
-            "labels run from 0 to 10",
-        ),
-        (
-            lambda folder: write_pickle(
-                folder / "data_batch_1", {b"data": np.zeros((2, PIXELS), np.float32), b"labels": [0, 1]}
-            ),
-            "pixels are float32",
-        ),
-    ],
-)
-def test_bad_files_are_one_sentence(tmp_path: Path, change, said: str) -> None:
-    write_cifar10(tmp_path)
-    change(tmp_path / "cifar-10-batches-py")
-    with pytest.raises(UserError, match=said):
-        load(Cifar10Config(root=str(tmp_path)))
+BAD_LABELS = {b"data": cifar_pixels(2, 0), b"labels": [0, 10]}
+BAD_PIXELS = {b"data": np.zeros((2, PIXELS), np.float32), b"labels": [0, 1]}
+BAD_FILES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / "data_batch_3").unlink(), "data_batch_3 cannot be read"),
+    (lambda folder: (folder / "data_batch_3").write_bytes(b""), "data_batch_3 is not a file"),
+    (lambda folder: (folder / "test_batch").unlink(), "holds no cifar10; looked for cifar-10-batches-py/"),
+    (lambda folder: write_pickle(folder / "data_batch_1", BAD_LABELS), "labels run from 0 to 10"),
+    (lambda folder: write_pickle(folder / "data_batch_1", BAD_PIXELS), "pixels are float32"),
+]
+
+
+def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
+    for number, (change, said) in enumerate(BAD_FILES):
+        root = tmp_path / str(number)
+        write_cifar10(root)
+        change(root / "cifar-10-batches-py")
+        with pytest.raises(UserError, match=said):
+            load(Cifar10Config(root=str(root)))
 
 
 def test_root_is_required_and_must_exist(tmp_path: Path) -> None:

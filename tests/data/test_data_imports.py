@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.full
 def test_imports_nothing_heavy() -> None:
     code = (
         "import sys, basd.data, basd.evaluation.classification\n"

@@ -2,6 +2,7 @@ import math
 import random
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ FILL = (10, 200, 90)
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def close(got: Tensor, expected: Tensor, case: str, atol: float) -> None:
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0, msg=lambda said: f"{case}: {said}")
 
 
 def matrix_of(name: str, level: float, negate: bool, height: int, width: int) -> Tensor:
@@ -60,29 +65,27 @@ def test_the_set_is_timms() -> None:
     assert pytest.approx([value * 255 for value in GREY]) == timm_ops._FILL
 
 
-@pytest.mark.parametrize("negate", [False, True])
-@pytest.mark.parametrize("level", [0.0, 0.7, 5.3, 9.0, 10.0])
-@pytest.mark.parametrize("name", GEOMETRIC_OPERATIONS)
-def test_operations_are_timms(name: str, level: float, negate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On noise, in both directions, on images that are not square: the same filter but for the last level."""
-    for height, width in [(24, 20), (17, 31)]:
+def test_operations_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On noise, in both directions, on images that are not square: equal but for Pillow's truncation."""
+    sizes = [(24, 20), (17, 31)]
+    levels = [0.0, 0.7, 5.3, 9.0, 10.0]
+    for name, level, negate, (height, width) in product(GEOMETRIC_OPERATIONS, levels, [False, True], sizes):
         images = torch.randint(0, 256, (2, 3, height, width), generator=generator(0), dtype=torch.uint8)
         matrices = matrix_of(name, level, negate, height, width).expand(2, 2, 3)
         got = affine(images.float() / 255, matrices, [value / 255 for value in FILL]) * 255
         for image, mine in zip(images, got, strict=True):
-            expected = timms(image, name, level, negate, Image.Resampling.BILINEAR, monkeypatch)
-            difference = mine - expected  # Pillow truncates
-            assert difference.min() > -0.01 and difference.max() < 1.01
+            difference = mine - timms(image, name, level, negate, Image.Resampling.BILINEAR, monkeypatch)
+            assert difference.min() > -0.01 and difference.max() < 1.01, (name, level, negate, height, width)
 
 
-@pytest.mark.parametrize("name", GEOMETRIC_OPERATIONS)
-def test_bicubic_differs_little_on_smooth_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bicubic_differs_little_on_smooth_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm draws bilinear or bicubic; where pixels come from is the same for both."""
     images = smooth_images(32, 40)
-    got = affine(images.float() / 255, matrix_of(name, 9.0, True, 32, 40).expand(2, 2, 3), [v / 255 for v in FILL])
-    for image, mine in zip(images, got, strict=True):
-        expected = timms(image, name, 9.0, True, Image.Resampling.BICUBIC, monkeypatch)
-        assert (mine * 255 - expected).abs().max() < 3
+    for name in GEOMETRIC_OPERATIONS:
+        got = affine(images.float() / 255, matrix_of(name, 9.0, True, 32, 40).expand(2, 2, 3), [v / 255 for v in FILL])
+        for image, mine in zip(images, got, strict=True):
+            expected = timms(image, name, 9.0, True, Image.Resampling.BICUBIC, monkeypatch)
+            assert (mine * 255 - expected).abs().max() < 3, name
 
 
 def test_affine_against_a_loop() -> None:
@@ -157,23 +160,23 @@ def one_image_at_a_time(x: Tensor, seed: int, num_ops: int, probability: float, 
     return result
 
 
-@pytest.mark.parametrize(("num_ops", "probability"), [(2, 0.5), (3, 1.0), (1, 0.0)])
-def test_rand_augment_full_against_a_loop(num_ops: int, probability: float) -> None:
+def test_rand_augment_full_against_a_loop() -> None:
     x = torch.rand(60, 3, 12, 15, generator=generator(4))
-    before = x.clone()
-    got = rand_augment_full(x, num_ops, 9, 0.5, probability, (0.3, 0.6, 0.9), generator(5))
-    expected = one_image_at_a_time(x, 5, num_ops, probability, (0.3, 0.6, 0.9))
-    # an image in 256 levels may round to the other side of a half
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    assert torch.equal(x, before) and got.min() >= 0 and got.max() <= 1
-    assert torch.equal(got, rand_augment_full(x, num_ops, 9, 0.5, probability, (0.3, 0.6, 0.9), generator(5)))
-    assert torch.equal(got, x) == (probability == 0)
+    before, fill = x.clone(), (0.3, 0.6, 0.9)
+    for num_ops, probability in [(2, 0.5), (3, 1.0), (1, 0.0)]:
+        got = rand_augment_full(x, num_ops, 9, 0.5, probability, fill, generator(5))
+        case = f"{num_ops} operations with probability {probability}"
+        # an image in 256 levels may round to the other side of a half
+        close(got, one_image_at_a_time(x, 5, num_ops, probability, fill), case, atol=1e-4)
+        assert torch.equal(x, before) and got.min() >= 0 and got.max() <= 1, case
+        assert torch.equal(got, rand_augment_full(x, num_ops, 9, 0.5, probability, fill, generator(5))), case
+        assert torch.equal(got, x) == (probability == 0), case
 
 
 def test_share_of_misplaced_views() -> None:
-    """2 operations, each done with probability 1/2, 5 geometric ones in 15: 1 − (1 − 1/6)² = 30.6 %, and as in timm.
+    """2 operations, each with probability 1/2, 5 of 15 of them geometric: 1 − (1 − 1/6)² = 30.6 %, as in timm.
 
-    A flat image stays flat under photometric operations, and shows the fill's colour under geometric ones.
+    A flat image stays flat under photometric operations and shows the colour of the fill under geometric ones.
     """
     expected = 1 - (1 - 0.5 * 5 / 15) ** 2
     assert expected == pytest.approx(0.306, abs=5e-4)
@@ -199,8 +202,8 @@ def test_share_of_misplaced_views() -> None:
     assert within_sampling_error(timm_moved, timm_n)
 
 
-def test_every_operation_is_as_likely() -> None:
-    """Which operation a view got, read off from what it did to an image on which the 15 differ."""
+def test_every_operation_is_equally_likely() -> None:
+    """The image differs after each of the 15 operations, so the result shows which one was drawn."""
     image = (torch.randint(20, 200, (1, 3, 9, 9), generator=generator(7)) // 2).float() / 255
     level, yes, n = torch.tensor([9.0], dtype=torch.float64), torch.tensor([True]), 6000
     outcomes: list[Tensor] = []
@@ -220,7 +223,7 @@ def test_every_operation_is_as_likely() -> None:
 
 
 def test_draws_as_much_as_rand_augment() -> None:
-    """Rows that differ in the kind of RandAugment see the same random numbers afterwards."""
+    """Rows of a table that differ only in the kind of RandAugment see the same random numbers afterwards."""
     x = torch.rand(11, 3, 6, 6, generator=generator(9))
     mine, other = generator(10), generator(10)
     rand_augment_full(x, 2, 9, 0.5, 0.5, GREY, mine)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import fields
+from itertools import product
 
 import numpy as np
 import pytest
@@ -29,11 +30,8 @@ def draw_mix(config: MixingConfig, height: int, width: int, seed: int) -> Mix:
     return mix
 
 
-def test_none_is_none() -> None:
-    assert draw(NoMixingConfig(), 48, 48, generator(0)) is None
-
-
 def test_kinds() -> None:
+    assert draw(NoMixingConfig(), 48, 48, generator(0)) is None
     kinds = [draw_mix(MixupCutmixConfig(), 48, 48, seed).kind for seed in range(400)]
     assert 150 < kinds.count("cutmix") < 250
     assert {draw_mix(MixupConfig(), 48, 48, seed).kind for seed in range(20)} == {"mixup"}
@@ -63,25 +61,25 @@ def test_draws_a_fixed_amount() -> None:
 MIXED: list[type] = [MixupCutmixConfig, MixupConfig, CutmixConfig]
 
 
-@pytest.mark.parametrize("kind", MIXED)
-def test_probability_is_the_share_of_mixed_batches(kind: type) -> None:
+def test_probability_is_the_share_of_mixed_batches() -> None:
     """A batch is mixed as at probability 1 or not at all, and one that is mixed stays so at a larger probability."""
     n = 1500
-    always = [draw(kind(), 24, 20, generator(seed)) for seed in range(n)]
-    assert None not in always
-    assert all(draw(kind(probability=0.0), 24, 20, generator(seed)) is None for seed in range(200))
-    shares = []
-    for probability in (0.3, 0.8):
-        drawn = [draw(kind(probability=probability), 24, 20, generator(seed)) for seed in range(n)]
-        assert all(mix is None or mix == full for mix, full in zip(drawn, always, strict=True))
-        mixed = {seed for seed, mix in enumerate(drawn) if mix is not None}
-        assert abs(len(mixed) / n - probability) < 4 * math.sqrt(probability * (1 - probability) / n)
-        shares.append(mixed)
-    assert shares[0] < shares[1]
+    for kind in MIXED:
+        always = [draw(kind(), 24, 20, generator(seed)) for seed in range(n)]
+        assert None not in always, kind
+        assert all(draw(kind(probability=0.0), 24, 20, generator(seed)) is None for seed in range(200)), kind
+        shares = []
+        for probability in (0.3, 0.8):
+            drawn = [draw(kind(probability=probability), 24, 20, generator(seed)) for seed in range(n)]
+            assert all(mix is None or mix == full for mix, full in zip(drawn, always, strict=True)), kind
+            mixed = {seed for seed, mix in enumerate(drawn) if mix is not None}
+            assert abs(len(mixed) / n - probability) < 4 * math.sqrt(probability * (1 - probability) / n), kind
+            shares.append(mixed)
+        assert shares[0] < shares[1], kind
 
 
-def test_whether_a_batch_is_mixed_does_not_hang_on_how() -> None:
-    """λ and kind are as likely in the batches that are mixed as in all."""
+def test_whether_a_batch_is_mixed_does_not_depend_on_how() -> None:
+    """λ and the kind have the same distribution in the batches that are mixed as in all."""
     n = 4000
     drawn = [draw(MixupCutmixConfig(probability=0.5), 48, 48, generator(seed)) for seed in range(n)]
     kept = [mix for mix in drawn if mix is not None]
@@ -92,7 +90,7 @@ def test_whether_a_batch_is_mixed_does_not_hang_on_how() -> None:
 
 
 def test_full_probability_draws_what_the_generator_gives() -> None:
-    """Switch, centre and the seed of Beta come first: `probability` shifts none of them."""
+    """The switch, the centre and the seed of Beta are drawn first: `probability` shifts none of them."""
     for seed in range(50):
         g = generator(seed)
         switch = torch.rand(3, generator=g, dtype=torch.float64)[0].item()
@@ -103,21 +101,21 @@ def test_full_probability_draws_what_the_generator_gives() -> None:
             assert mix.lam == beta.beta(0.8, 0.8)
 
 
-@pytest.mark.parametrize("kind", MIXED)
-def test_skip_with_every_batch_mixed_is_refused(kind: type) -> None:
-    (problem,) = kind(targets="skip").problems()
-    assert "mixing.targets=skip" in problem and "set mixing.probability below 1" in problem
-    assert kind(targets="skip", probability=0.9).problems() == []
-    for targets in ("follow", "same_input", "clean"):
-        assert kind(targets=targets).problems() == []
+def test_skip_with_every_batch_mixed_is_refused() -> None:
+    for kind in MIXED:
+        (problem,) = kind(targets="skip").problems()
+        assert "mixing.targets=skip" in problem and "set mixing.probability below 1" in problem, kind
+        assert kind(targets="skip", probability=0.9).problems() == [], kind
+        for targets in ("follow", "same_input", "clean"):
+            assert kind(targets=targets).problems() == [], (kind, targets)
 
 
-@pytest.mark.parametrize("alpha", [0.8, 0.2])
-def test_lambda_has_the_beta_distribution(alpha: float) -> None:
-    lam = torch.tensor([draw_mix(MixupConfig(mixup_alpha=alpha), 8, 8, seed).lam for seed in range(3000)])
-    assert ((lam >= 0) & (lam <= 1)).all()
-    assert abs(lam.mean() - 0.5) < 0.03
-    assert abs(lam.var() - 1 / (4 * (2 * alpha + 1))) < 0.01
+def test_lambda_has_the_beta_distribution() -> None:
+    for alpha in (0.8, 0.2):
+        lam = torch.tensor([draw_mix(MixupConfig(mixup_alpha=alpha), 8, 8, seed).lam for seed in range(3000)])
+        assert ((lam >= 0) & (lam <= 1)).all(), alpha
+        assert abs(lam.mean() - 0.5) < 0.03, alpha
+        assert abs(lam.var() - 1 / (4 * (2 * alpha + 1))) < 0.01, alpha
 
 
 def test_box_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,25 +161,24 @@ def test_mixup_images() -> None:
         torch.testing.assert_close(mix.mix_images(x)[i], mix.lam * x[i] + (1 - mix.lam) * x[4 - i])
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("kind", [MixupConfig, CutmixConfig])
-def test_labels_are_timms(kind: type, smoothing: float) -> None:
+def test_labels_are_timms() -> None:
     labels = torch.tensor([0, 3, 3, 9, 1, 9])
-    for seed in range(10):
-        mix = draw_mix(kind(), 48, 48, seed)
-        soft = mix.mix_labels(labels, 10, smoothing)
-        expected = timm_mixup.mixup_target(labels, 10, mix.lam, smoothing)
-        torch.testing.assert_close(soft, expected)
-        torch.testing.assert_close(soft.sum(1), torch.ones(6))
-    torch.testing.assert_close(soft_labels(labels, 10, smoothing).sum(1), torch.ones(6))
-    assert torch.equal(soft_labels(labels, 10, smoothing).argmax(1), labels)
+    for smoothing in (0.0, 0.1):
+        for kind, seed in product((MixupConfig, CutmixConfig), range(10)):
+            mix = draw_mix(kind(), 48, 48, seed)
+            soft = mix.mix_labels(labels, 10, smoothing)
+            expected = timm_mixup.mixup_target(labels, 10, mix.lam, smoothing)
+            case = f"{mix}, smoothing {smoothing}"
+            torch.testing.assert_close(soft, expected, msg=lambda said, case=case: f"{case}: {said}")
+            torch.testing.assert_close(soft.sum(1), torch.ones(6), msg=lambda said, case=case: f"{case}: {said}")
+        torch.testing.assert_close(soft_labels(labels, 10, smoothing).sum(1), torch.ones(6))
+        assert torch.equal(soft_labels(labels, 10, smoothing).argmax(1), labels), smoothing
 
 
-@pytest.mark.parametrize(("grid_h", "grid_w"), [(6, 6), (8, 4), (5, 7), (1, 1), (48, 36)])
-def test_coverage_is_pixel_counting(grid_h: int, grid_w: int) -> None:
+def test_coverage_is_pixel_counting() -> None:
     """Each pixel is cut into grid_h × grid_w small ones, so that every patch holds whole small pixels."""
-    height, width = 48, 36
-    for seed in range(25):
+    height, width = 24, 18
+    for (grid_h, grid_w), seed in product([(6, 6), (8, 3), (5, 7), (1, 1), (24, 18)], range(25)):
         mix = draw_mix(CutmixConfig(), height, width, seed)
         assert mix.box is not None
         y0, y1, x0, x1 = mix.box
@@ -190,18 +187,17 @@ def test_coverage_is_pixel_counting(grid_h: int, grid_w: int) -> None:
         small = shown.repeat_interleave(grid_h, 0).repeat_interleave(grid_w, 1)
         expected = small.view(grid_h, height, grid_w, width).mean(dim=(1, 3)).flatten()
         coverage = mix.coverage(grid_h, grid_w, height, width)
-        assert coverage.shape == (grid_h * grid_w,) and coverage.dtype == torch.float32
-        torch.testing.assert_close(coverage.double(), expected, atol=1e-6, rtol=0)
-        assert coverage.double().mean().item() == pytest.approx(1 - mix.lam, abs=1e-6)
-
-
-def test_coverage_of_mixup_is_the_partners_share() -> None:
-    mix = Mix("mixup", 0.3)
-    torch.testing.assert_close(mix.coverage(2, 3, 48, 48), torch.full((6,), 0.7))
+        case = f"{grid_h} × {grid_w} patches, box {mix.box}"
+        assert coverage.shape == (grid_h * grid_w,) and coverage.dtype == torch.float32, case
+        torch.testing.assert_close(
+            coverage.double(), expected, atol=1e-6, rtol=0, msg=lambda said, case=case: f"{case}: {said}"
+        )
+        assert coverage.double().mean().item() == pytest.approx(1 - mix.lam, abs=1e-6), case
 
 
 def test_coverage_mixes_patch_means_as_the_image_is_mixed() -> None:
-    """The property that `targets=follow` rests on, with boxes aligned to the patches."""
+    """The property that `targets=follow` rests on, with a box aligned to the patches; mixup covers all patches alike."""
+    torch.testing.assert_close(Mix("mixup", 0.3).coverage(2, 3, 48, 48), torch.full((6,), 0.7))
     mix = Mix("cutmix", 1 - 16 * 8 / 48**2, (16, 32, 8, 16))
     x = torch.rand(4, 3, 48, 48, generator=generator(6), dtype=torch.float64)
 
@@ -213,14 +209,15 @@ def test_coverage_mixes_patch_means_as_the_image_is_mixed() -> None:
     torch.testing.assert_close(patches(mix.mix_images(x)), followed)
 
 
-@pytest.mark.parametrize("group", [DATASETS, VIEWS, MIXINGS])
-def test_configs_are_well_formed(group: dict[str, type]) -> None:
-    for key, config in group.items():
-        assert config().name == key and "name" in {field.name for field in fields(config)}
+def test_configs_are_well_formed() -> None:
+    groups: list[dict[str, type]] = [DATASETS, VIEWS, MIXINGS]
+    for key, config in (pair for group in groups for pair in group.items()):
+        assert config().name == key and "name" in {field.name for field in fields(config)}, key
         for field in fields(config):
             value = getattr(config(), field.name)
+            case = f"{key}: {field.name}={value}"
             if "choices" in field.metadata:
-                assert value in field.metadata["choices"]
+                assert value in field.metadata["choices"], case
             if "min" in field.metadata:
-                assert value >= field.metadata["min"]
-            assert field.metadata.get("max", math.inf) >= (value if isinstance(value, (int, float)) else 0)
+                assert value >= field.metadata["min"], case
+            assert field.metadata.get("max", math.inf) >= (value if isinstance(value, (int, float)) else 0), case

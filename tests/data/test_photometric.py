@@ -1,6 +1,7 @@
 import random
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -62,67 +63,62 @@ def with_fixed_sign(call: Callable[[], Any], negate: bool, monkeypatch: pytest.M
     return call()
 
 
-@pytest.mark.parametrize("negate", [False, True])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_arguments_are_timms(name: str, negate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    level_to_argument = timm_ops.LEVEL_TO_ARG[TIMM_NAMES.get(name, name)]
-    if level_to_argument is None:
-        return
-    for level in [0.0, 0.1, 2.49, 2.5, 4.999, 5.0, 7.5, 8.3, 9.0, 9.99, 10.0]:
+def close(got: Tensor, expected: Tensor, case: str, atol: float) -> None:
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0, msg=lambda said: f"{case}: {said}")
+
+
+def argument_of(name: str, level: float, negate: bool) -> float:
+    operation, sign = torch.tensor([OPERATIONS.index(name)]), torch.tensor([negate])
+    return operation_arguments(operation, torch.tensor([level], dtype=torch.float64), sign).item()
+
+
+def test_arguments_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = [0.0, 0.1, 2.49, 2.5, 4.999, 5.0, 7.5, 8.3, 9.0, 9.99, 10.0]
+    for name, level, negate in product(OPERATIONS, levels, [False, True]):
+        level_to_argument = timm_ops.LEVEL_TO_ARG[TIMM_NAMES.get(name, name)]
+        if level_to_argument is None:
+            continue
         (found,) = with_fixed_sign(partial(level_to_argument, level, {}), negate, monkeypatch)
-        got = operation_arguments(
-            torch.tensor([OPERATIONS.index(name)]), torch.tensor([level], dtype=torch.float64), torch.tensor([negate])
-        )
         # timm's last step, 0 bits, is a black image or an error in Pillow
         expected = max(found, 1) if name == "Posterize" else found
-        assert got.item() == pytest.approx(expected, abs=1e-12), level
+        assert argument_of(name, level, negate) == pytest.approx(expected, abs=1e-12), (name, level, negate)
 
 
-@pytest.mark.parametrize("negate", [False, True])
-@pytest.mark.parametrize("level", [0.0, 3.0, 9.0, 10.0])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_are_timms(name: str, level: float, negate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
     images = byte_images()
-    argument = operation_arguments(
-        torch.tensor([OPERATIONS.index(name)]), torch.tensor([level], dtype=torch.float64), torch.tensor([negate])
-    ).item()
-    got = apply(images.float() / 255, name, argument) * 255
-    if name == "Posterize":
-        level = min(level, 9.9)  # at 10 timm keeps 0 bits, which Pillow refuses
-    reference = timm_ops.AugmentOp(TIMM_NAMES.get(name, name), prob=1.0, magnitude=level)
-    for image, mine in zip(images, got, strict=True):
-        pil = Image.fromarray(image.permute(1, 2, 0).numpy())
-        out = with_fixed_sign(partial(reference, pil), negate, monkeypatch)
-        expected = torch.from_numpy(np.array(out)).permute(2, 0, 1)
-        assert (mine - expected).abs().max() <= TOLERANCE.get(name, 0) + 1e-3
+    for name, level, negate in product(OPERATIONS, [0.0, 3.0, 9.0, 10.0], [False, True]):
+        got = apply(images.float() / 255, name, argument_of(name, level, negate)) * 255
+        # at level 10 timm's Posterize keeps 0 bits, which Pillow refuses
+        magnitude = min(level, 9.9) if name == "Posterize" else level
+        reference = timm_ops.AugmentOp(TIMM_NAMES.get(name, name), prob=1.0, magnitude=magnitude)
+        for row, (image, mine) in enumerate(zip(images, got, strict=True)):
+            pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+            out = with_fixed_sign(partial(reference, pil), negate, monkeypatch)
+            expected = torch.from_numpy(np.array(out)).permute(2, 0, 1)
+            case = f"{name}, level {level}, negate {negate}, image {row}"
+            assert (mine - expected).abs().max() <= TOLERANCE.get(name, 0) + 1e-3, case
 
 
-@pytest.mark.parametrize(
-    ("name", "reference"),
-    [("Color", TF.adjust_saturation), ("Contrast", TF.adjust_contrast), ("Sharpness", TF.adjust_sharpness)],
-)
-@pytest.mark.parametrize("factor", [0.1, 0.7, 1.0, 1.9])
-def test_blends_are_torchvisions_on_floats(
-    name: str, reference: Callable[[Tensor, float], Tensor], factor: float
-) -> None:
+def test_blends_are_torchvisions_on_floats() -> None:
     x = byte_images().float() / 255
-    # torchvision weighs red with 0.2989 instead of 0.299
-    torch.testing.assert_close(apply(x, name, factor), reference(x, factor), atol=3e-4, rtol=0)
+    for name, reference in (
+        ("Color", TF.adjust_saturation),
+        ("Contrast", TF.adjust_contrast),
+        ("Sharpness", TF.adjust_sharpness),
+    ):
+        for factor in (0.1, 0.7, 1.0, 1.9):
+            # torchvision weighs red with 0.2989 instead of 0.299
+            close(apply(x, name, factor), reference(x, factor), f"{name} by {factor}", atol=3e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "argument"),
-    [("Color", 1), ("Contrast", 1), ("Brightness", 1), ("Sharpness", 1)],
-)
-def test_blends_change_nothing_at_magnitude_zero(name: str, argument: float) -> None:
+def test_operations_change_nothing_at_their_identity() -> None:
     x = torch.rand(3, 3, 9, 7, generator=generator(1))
-    assert torch.equal(apply(x, name, argument), x)
-
-
-@pytest.mark.parametrize(("name", "argument"), [("Solarize", 256), ("SolarizeAdd", 0), ("Posterize", 8)])
-def test_tables_change_nothing_at_their_identity(name: str, argument: float) -> None:
+    for name in ("Color", "Contrast", "Brightness", "Sharpness"):
+        assert torch.equal(apply(x, name, 1), x), name
+    # these know 256 levels only
     x = byte_images().float() / 255
-    assert torch.equal(apply(x, name, argument), x)
+    for name, argument in (("Solarize", 256), ("SolarizeAdd", 0), ("Posterize", 8)):
+        assert torch.equal(apply(x, name, argument), x), name
 
 
 def test_mixed_batch_is_one_image_at_a_time() -> None:
@@ -189,27 +185,23 @@ def test_draws_do_not_depend_on_settings_or_images() -> None:
     assert torch.equal(states[0], states[1])
 
 
-@pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_color_jitter_against_torchvision(strength: float) -> None:
+def test_color_jitter_against_torchvision() -> None:
     x = torch.rand(24, 3, 10, 10, generator=generator(9))
     before = x.clone()
-    got = color_jitter(x, strength, generator(10))
-    assert torch.equal(x, before)
-    g = generator(10)
-    uniform = torch.rand(24, 3, generator=g)
-    order = torch.rand(24, 3, generator=g).argsort(dim=1)
     functions = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
-    for i in range(24):
-        image = x[i]
-        for which in order[i].tolist():
-            factor = max(0, 1 - strength) + (1 + strength - max(0, 1 - strength)) * uniform[i, which].item()
-            image = functions[which](image, factor)
-        torch.testing.assert_close(got[i], image, atol=1e-3, rtol=0)
-    assert len({tuple(row) for row in order.tolist()}) == 6  # every order occurs
-
-
-def test_color_jitter_of_zero_is_nothing() -> None:
-    x = torch.rand(4, 3, 5, 5, generator=generator(11))
+    for strength in (0.3, 1.0):
+        got = color_jitter(x, strength, generator(10))
+        assert torch.equal(x, before)
+        g = generator(10)
+        uniform = torch.rand(24, 3, generator=g)
+        order = torch.rand(24, 3, generator=g).argsort(dim=1)
+        for i in range(24):
+            image = x[i]
+            for which in order[i].tolist():
+                factor = max(0, 1 - strength) + (1 + strength - max(0, 1 - strength)) * uniform[i, which].item()
+                image = functions[which](image, factor)
+            close(got[i], image, f"strength {strength}, image {i}", atol=1e-3)
+        assert len({tuple(row) for row in order.tolist()}) == 6  # every order occurs
     assert torch.equal(color_jitter(x, 0.0, generator(12)), x)
 
 
@@ -235,15 +227,15 @@ def test_gaussian_blur_against_scipy() -> None:
                 torch.testing.assert_close(got[n, channel].double(), torch.from_numpy(expected), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.6, 0.85, 1.1, 1.5, 2.0])
-def test_gaussian_blur_is_close_to_pillows(sigma: float) -> None:
+def test_gaussian_blur_is_close_to_pillows() -> None:
     """Edges of 200 levels; Pillow approximates the filter by three boxes. A width 20 % off differs by 10 levels."""
     image = torch.zeros(3, 30, 30, dtype=torch.uint8)
     image[:, :, 15:] = 200
     image[1, 12:] = 60
-    got = gaussian_blur(image[None].float() / 255, torch.tensor([sigma]))[0] * 255
-    pil = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))
-    assert (got - torch.from_numpy(np.array(pil)).permute(2, 0, 1)).abs().max() < 6
+    for sigma in (0.1, 0.6, 0.85, 1.1, 1.5, 2.0):
+        got = gaussian_blur(image[None].float() / 255, torch.tensor([sigma]))[0] * 255
+        pil = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))
+        assert (got - torch.from_numpy(np.array(pil)).permute(2, 0, 1)).abs().max() < 6, sigma
 
 
 def test_three_augment_against_a_loop() -> None:
@@ -271,14 +263,15 @@ def test_three_augment_against_a_loop() -> None:
         assert (got[i] * 255 - expected).abs().max() <= (0.51 if choice[i] == 0 else 1e-3)
 
 
-def test_three_augment_of_batches_that_lack_a_kind() -> None:
+def test_three_augment_of_one_image() -> None:
+    """A batch may hold no image of a kind."""
     x = torch.rand(1, 3, 6, 6, generator=generator(16))
     for seed in range(12):
         assert torch.isfinite(three_augment(x, generator(seed))).all()
 
 
-def test_three_augment_chooses_each_as_often() -> None:
-    """Read off from what happened to a bright image: grey, dark, or neither."""
+def test_three_augment_chooses_each_equally_often() -> None:
+    """A bright image is grey, dark or unchanged afterwards, and so shows the choice."""
     x = torch.tensor([0.9, 0.6, 0.7]).view(1, 3, 1, 1).expand(6000, 3, 2, 2)
     centre = three_augment(x, generator(17))[:, :, 0, 0]
     greyed = (centre[:, 0] == centre[:, 1]).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +17,13 @@ from stored_fakes import picture, write_folder, write_shards
 from basd.data import ImageSet, fingerprint, load
 from basd.data.disk import DiskImages
 from basd.data.feed import Crops, Wanted, crop_batches, evaluation_batches
-from basd.data.folder import FolderConfig, ImageNetConfig, _list
+from basd.data.folder import FolderConfig, ImageNetConfig
 from basd.data.images import Splits, epoch_order
 from basd.data.timm_data import TimmConfig
-from basd.data.views import crop, draw_crops, draw_geometry, eval_view, place_crops
-from basd.data.webdataset import read_shards
+from basd.data.views import crop, draw_crops, eval_view, place_crops
 from basd.errors import UserError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def forget() -> None:
-    _list.cache_clear()
-    read_shards.cache_clear()
 
 
 def config_of(root: Path, **changes) -> FolderConfig:
@@ -59,25 +53,27 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     train, validation, _ = splits
     names = [{part.store.name(int(i)) for i in part.index} for part in (train, validation)]  # type: ignore[attr-defined]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 24
+    # test/ beside val/: nothing is held out of train/
     shutil.copytree(tmp_path / "val", tmp_path / "test")
-    shutil.rmtree(tmp_path / "test" / "n01")
-    with pytest.raises(UserError, match=r"differ \(1 only in train/: n01\)"):
-        load(config_of(tmp_path))
-    shutil.copytree(tmp_path / "val" / "n01", tmp_path / "test" / "n01")
-    _list.cache_clear()
     assert [len(part) for part in load(config_of(tmp_path))] == [24, 9, 9]
+    write_folder(tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "val", tmp_path / "other" / "test")
+    shutil.rmtree(tmp_path / "other" / "test" / "n01")
+    with pytest.raises(UserError, match=r"differ \(1 only in train/: n01\)"):
+        load(config_of(tmp_path / "other"))
 
 
 def test_fingerprint_names_files_sizes_and_labels(tmp_path: Path) -> None:
     write_folder(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    found = [fingerprint(load(config_of(tmp_path / name))) for name in "ab"]
-    assert found[0] == found[1]
-    moved = tmp_path / "b" / "train" / "n01" / "n01_0.JPEG"
+    for name in "bcd":
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    moved = tmp_path / "c" / "train" / "n01" / "n01_0.JPEG"
     moved.rename(moved.with_name("other.JPEG"))
-    _list.cache_clear()
-    assert fingerprint(load(config_of(tmp_path / "b"))) != found[0]
-    assert fingerprint(load(config_of(tmp_path / "a", split_seed=1))) != found[0]
+    longer = tmp_path / "d" / "train" / "n01" / "n01_0.JPEG"
+    longer.write_bytes(longer.read_bytes() + b"more")
+    same_files, copied, renamed, grown = (fingerprint(load(config_of(tmp_path / name))) for name in "abcd")
+    assert same_files == copied and len({copied, renamed, grown}) == 3
+    assert fingerprint(load(config_of(tmp_path / "a", split_seed=1))) != same_files
 
 
 def test_workers_change_no_byte_and_no_global_random_state(tmp_path: Path) -> None:
@@ -137,13 +133,6 @@ def test_crops_are_those_of_the_batched_path(tmp_path: Path) -> None:
             assert (made[row].float() - expected).abs().max() < 1.6
 
 
-def test_draws_and_places_are_the_geometry_of_old() -> None:
-    data = FolderConfig()
-    geometry = draw_geometry(9, 40, 50, data, torch.Generator().manual_seed(3))
-    parts = place_crops(draw_crops(9, torch.Generator().manual_seed(3)), 40, 50, data)
-    assert all(torch.equal(a, b) for a, b in zip(geometry, parts, strict=True))
-
-
 def test_evaluation_sees_the_centre(tmp_path: Path) -> None:
     write_folder(tmp_path, ending=".png")
     test = load(config_of(tmp_path)).test
@@ -163,7 +152,7 @@ def test_evaluation_sees_the_centre(tmp_path: Path) -> None:
         assert np.abs(got[row].permute(1, 2, 0).numpy() - expected).max() < 1e-6
 
 
-def test_evaluation_in_memory_is_the_view_of_old() -> None:
+def test_evaluation_in_memory_shows_the_evaluation_view() -> None:
     images = torch.randint(0, 256, (5, 3, 20, 24), dtype=torch.uint8)
     source = ImageSet(images, torch.arange(5), 5)
     got = torch.cat([view for view, _ in evaluation_batches(source, 12, 1.0, 2, CPU)])
@@ -182,7 +171,7 @@ def test_large_jpegs_are_decoded_coarsely_and_look_the_same(tmp_path: Path) -> N
 
 def test_a_crop_does_not_depend_on_what_else_is_cut(tmp_path: Path) -> None:
     """A small crop of the student's own must not make the shared one finer: arms are the same alone and in a cohort."""
-    write_folder(tmp_path, train=8, test=1)
+    write_folder(tmp_path, train=3, test=1)
     for path in (tmp_path / "train").rglob("*.JPEG"):
         picture(1100, 1400, len(str(path))).save(path, quality=95)
     train = load(config_of(tmp_path)).train
@@ -202,26 +191,27 @@ def damage(path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_stops_with_its_name_or_is_replaced(tmp_path: Path, workers: int) -> None:
+def test_a_corrupt_image_stops_with_its_name_or_is_replaced(tmp_path: Path) -> None:
     write_folder(tmp_path)
     train = load(config_of(tmp_path, corrupt="skip")).train
     assert isinstance(train, DiskImages)
     row = int(wanted(len(train), 1).indices[2])
     name = damage(Path(train.store.name(int(train.index[row]))))
-    _list.cache_clear()
     stop = load(config_of(tmp_path)).train
     assert isinstance(stop, DiskImages)
-    with pytest.raises(UserError, match=r"cannot be decoded; repair or remove it, or set data.corrupt=skip") as error:
-        read(stop, workers, range(3))
-    assert name in str(error.value) and "Traceback" not in str(error.value)
-    got = read(train, workers, range(3))
-    assert [len(batch.unreadable) for batch in got] == [0, 1, 0]
-    # the next image of the split stands for it, from the same random numbers
+    # the next image of the split takes its place, with the same random numbers
     replaced = wanted(len(train), 1)._replace(indices=wanted(len(train), 1).indices.clone())
     replaced.indices[2] = (row + 1) % len(train)
     (expected,) = crop_batches(train, [replaced], 6, 0)
-    assert same([got[1]], [expected])
+    for workers in (0, 2):
+        with pytest.raises(
+            UserError, match=r"cannot be decoded; repair or remove it, or set data.corrupt=skip"
+        ) as error:
+            read(stop, workers, range(3))
+        assert name in str(error.value) and "Traceback" not in str(error.value), workers
+        got = read(train, workers, range(3))
+        assert [len(batch.unreadable) for batch in got] == [0, 1, 0], workers
+        assert same([got[1]], [expected]), workers
 
 
 def test_evaluation_leaves_corrupt_images_out(tmp_path: Path) -> None:
@@ -242,26 +232,25 @@ def test_a_vanished_file_is_never_skipped(tmp_path: Path) -> None:
         read(train, 1, range(1))
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda root: shutil.rmtree(root / "train"), "has no train/ in it"),
-        (lambda root: shutil.rmtree(root / "val"), "has no test/ or val/ or validation/ in it"),
-        (lambda root: shutil.rmtree(root / "val" / "n02"), r"differ \(1 only in train/: n02\)"),
-        (lambda root: (root / "val" / "n02").rename(root / "val" / "x"), r"1 only in train/: n02; 1 only in val/: x"),
-        (
-            lambda root: [p.unlink() for p in (root / "train" / "n03").iterdir()],
-            "1 class folder of .* hold no image: n03",
-        ),
-        (lambda root: [p.unlink() for p in root.rglob("*.JPEG")], "holds no images; looked for .jpg"),
-        (lambda root: [shutil.rmtree(p) for p in (root / "val").iterdir()], "has no class folders"),
-    ],
-)
-def test_bad_folders_are_one_sentence(tmp_path: Path, change, said: str) -> None:
-    write_folder(tmp_path)
-    change(tmp_path)
-    with pytest.raises(UserError, match=said):
-        load(config_of(tmp_path))
+BAD_FOLDERS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda root: shutil.rmtree(root / "train"), "has no train/ in it"),
+    (lambda root: shutil.rmtree(root / "val"), "has no test/ or val/ or validation/ in it"),
+    (lambda root: shutil.rmtree(root / "val" / "n02"), r"differ \(1 only in train/: n02\)"),
+    (lambda root: (root / "val" / "n02").rename(root / "val" / "x"), r"1 only in train/: n02; 1 only in val/: x"),
+    (lambda root: [p.unlink() for p in (root / "train" / "n03").iterdir()], "1 class folder of .* hold no image: n03"),
+    (lambda root: [p.unlink() for p in root.rglob("*.JPEG")], "holds no images; looked for .jpg"),
+    (lambda root: [shutil.rmtree(p) for p in (root / "val").iterdir()], "has no class folders"),
+]
+
+
+def test_bad_folders_are_one_sentence(tmp_path: Path) -> None:
+    write_folder(tmp_path / "good", train=2, test=1)
+    for number, (change, said) in enumerate(BAD_FOLDERS):
+        root = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", root)
+        change(root)
+        with pytest.raises(UserError, match=said):
+            load(config_of(root))
 
 
 # -- WebDataset and timm's names ---------------------------------------------------------------------------------------
@@ -300,20 +289,20 @@ def test_streams_and_unknown_names_are_refused(tmp_path: Path) -> None:
         load(timm_config(tmp_path))
 
 
-@pytest.mark.parametrize("info", ['{"splits": null}', '{"splits": ["train"]}', '{"splits": {"train": []}}', "[]"])
-def test_a_table_of_shards_of_another_form_is_one_sentence(tmp_path: Path, info: str) -> None:
-    write_shards(tmp_path)
-    (tmp_path / "_info.json").write_text(info)
-    with pytest.raises(UserError, match=r"_info.json does not map splits to their shards"):
-        load(timm_config(tmp_path))
+def test_a_table_of_shards_of_another_form_is_one_sentence(tmp_path: Path) -> None:
+    for number, info in enumerate(('{"splits": null}', '{"splits": ["train"]}', '{"splits": {"train": []}}', "[]")):
+        write_shards(tmp_path / str(number))
+        (tmp_path / str(number) / "_info.json").write_text(info)
+        with pytest.raises(UserError, match=r"_info.json does not map splits to their shards"):
+            load(timm_config(tmp_path / str(number)))
 
 
-@pytest.mark.parametrize(("train", "test"), [("trian", "val"), ("train", "training"), ("test", "val")])
-def test_torchvision_splits_are_named_as_timm_knows_them(tmp_path: Path, train: str, test: str) -> None:
-    """Any other name would be the test images."""
-    config = TimmConfig(root=str(tmp_path), dataset="torch/cifar10", train_split=train, test_split=test)
-    with pytest.raises(UserError, match="are not the two splits of torch/cifar10"):
-        load(config)
+def test_torchvision_splits_are_named_as_timm_knows_them(tmp_path: Path) -> None:
+    """timm gives the test images for any other name."""
+    for train, test in (("trian", "val"), ("train", "training"), ("test", "val")):
+        config = TimmConfig(root=str(tmp_path), dataset="torch/cifar10", train_split=train, test_split=test)
+        with pytest.raises(UserError, match="are not the two splits of torch/cifar10"):
+            load(config)
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The images' files are linted, and what their services run is run here: the same commands, on PostgreSQL, without containers."""
+"""The files of the images are linted, and their services' commands are run here, on PostgreSQL, without containers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command import basd_here
 from tiny import TINY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "grid"))
@@ -40,16 +41,14 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def test_the_compose_files_follow_the_specification() -> None:
+def test_linters_find_nothing() -> None:
     files = [str(DOCKER / "compose.yaml"), str(DOCKER / "compose.cuda.yaml")]
-    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *files]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_dockerfile_has_no_finding() -> None:
-    done = subprocess.run([tool("hadolint"), str(DOCKER / "Dockerfile")], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+    for command in (
+        [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *files],
+        [tool("hadolint"), str(DOCKER / "Dockerfile")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_images_are_pinned_and_nobody_is_root() -> None:
@@ -77,25 +76,52 @@ def test_ports_are_on_loopback_and_no_secret_is_written_down() -> None:
             assert not re.search(r"://\w+:[^/@\s]+@", path.read_text()), path
 
 
-def test_every_long_service_says_how_it_is() -> None:
+def test_every_long_service_has_a_health_check() -> None:
     services = compose()["services"]
     assert all("healthcheck" in services[name] for name in ("postgres", "mlflow", "dashboard"))
 
 
-# -- the services' own commands -------------------------------------------------------------------------------------------
+# -- the services' own commands ----------------------------------------------------------------------------------------
+
+
+def with_secrets(folder: Path, **variables: str) -> dict[str, str]:
+    """The environment that the images' entry point gives a command."""
+    (folder / "secrets").mkdir(exist_ok=True)
+    (folder / "auth").mkdir(exist_ok=True)
+    (folder / "secrets" / "postgres_password").write_text(PASSWORD + "\n")
+    (folder / "secrets" / "mlflow_password").write_text(ACCOUNT + "\n")
+    places = {"BASD_SECRETS": str(folder / "secrets"), "BASD_AUTH_DIRECTORY": str(folder / "auth")}
+    environment = {"PATH": os.environ["PATH"], **places, **variables}
+    command = [str(DOCKER / "with-secrets.sh"), "env"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def test_passwords_come_from_files(tmp_path: Path) -> None:
+    """The database's always; those of MLflow's accounts where they are switched on, in a file for the server alone."""
+    settings = tmp_path / "auth" / "basic_auth.ini"
+    found = with_secrets(tmp_path)
+    assert found["PGPASSWORD"] == PASSWORD and not any(name.startswith("MLFLOW") for name in found)
+    worker = with_secrets(tmp_path, MLFLOW_AUTH="1")
+    assert (worker["MLFLOW_TRACKING_USERNAME"], worker["MLFLOW_TRACKING_PASSWORD"]) == ("admin", ACCOUNT)
+    assert "MLFLOW_AUTH_CONFIG_PATH" not in worker and not settings.exists()
+    server = with_secrets(tmp_path, MLFLOW_AUTH="1", MLFLOW_AUTH_DATABASE="postgresql://accounts")
+    assert server["MLFLOW_AUTH_CONFIG_PATH"] == str(settings) and settings.stat().st_mode & 0o777 == 0o600
+    lines = settings.read_text().splitlines()
+    assert f"admin_password = {ACCOUNT}" in lines and "database_uri = postgresql://accounts" in lines
 
 
 class Host:
-    """One machine in the place of the containers: addresses and folders of the compose file are those of this test."""
+    """One machine instead of the containers: addresses and folders of the compose file become those of this test."""
 
-    def __init__(self, folder: Path, server: Server, auth: bool) -> None:
+    def __init__(self, folder: Path, server: Server) -> None:
         self.folder, self.server = folder, server
         for name in ("secrets", "auth", "artifacts", "work"):
             (folder / name).mkdir(parents=True)
         (folder / "secrets" / "postgres_password").write_text(PASSWORD + "\n")
         (folder / "secrets" / "mlflow_password").write_text(ACCOUNT + "\n")
         self.port, self.dashboard = free_port(), free_port()
-        self.variables = {"MLFLOW_AUTH": "1"} if auth else {}
+        self.variables = {"MLFLOW_AUTH": "1"}
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PG", "MLFLOW"))},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -153,18 +179,7 @@ class Host:
         limit = time.monotonic() + seconds
         while subprocess.run(command, env=self.environment, capture_output=True).returncode:
             assert time.monotonic() < limit, (self.folder / log).read_text()[-3000:]
-            time.sleep(0.5)
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        service = compose()["services"]["worker"]
-        return subprocess.run(
-            [str(DOCKER / "with-secrets.sh"), *command],
-            cwd=self.folder / "work",
-            env={**self.environment, **self.variables_of(service)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+            time.sleep(1)
 
     def close(self) -> None:
         for process in self.started:
@@ -174,7 +189,6 @@ class Host:
 
 
 def free_port() -> int:
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -210,29 +224,33 @@ def get(address: str, password: str | None = None) -> int:
         return error.code
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("auth", [False, True], ids=["open", "accounts"])
-def test_the_services_commands_serve_and_train(auth: bool, server: Server, tmp_path: Path) -> None:
-    host = Host(tmp_path, server, auth)
+def test_accounts_are_off_unless_asked_for() -> None:
+    command, switch = compose()["services"]["mlflow"]["command"], "${MLFLOW_AUTH:+--app-name basic-auth}"
+    assert switch in command and "basic-auth" not in command.replace(switch, "")
+
+
+@pytest.mark.full
+def test_the_services_commands_serve_and_train(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(tmp_path, server)
     host.environment["BASD_CACHE"] = str(tmp_path / "cache")
-    settings = [*TINY, "rows=[basd,ce]", f"seeds=[{int(auth)}]", "recipe.duration=1 epochs"]
+    settings = [*TINY, "rows=[basd,ce]", "seeds=[1]", "recipe.duration=1 epochs"]
     host.variables.update(ABLATION="leave_one_out", OVERRIDES=shlex.join(settings))
     try:
         host.start("mlflow", "mlflow.log")
         host.wait_until_healthy("mlflow", "mlflow.log")
         listing = f"http://127.0.0.1:{host.port}/api/2.0/mlflow/experiments/search?max_results=1"
-        assert get(listing) == (401 if auth else 200)
-        assert get(listing, "wrong") == (401 if auth else 200) and get(listing, ACCOUNT) == 200
-        if not auth:
-            return
-        workers = [host.start("worker", f"worker-{number}.log") for number in range(2)]
-        codes = [worker.wait(240) for worker in workers]
-        logs = [(tmp_path / f"worker-{number}.log").read_text() for number in range(2)]
-        assert codes == [0, 0] and not any("Traceback" in log for log in logs), logs
+        assert (get(listing), get(listing, "wrong"), get(listing, ACCOUNT)) == (401, 401, 200)
+        code = host.start("worker", "worker.log").wait(240)
+        log = (tmp_path / "worker.log").read_text()
+        assert code == 0 and "Traceback" not in log, log
         host.variables["OVERRIDES"] = ""
         urls = compose()["services"]["worker"]["command"].replace("basd worker ${ABLATION:-leave_one_out}", "")
-        audit = host.run("basd", "audit", "leave_one_out", *shlex.split(host.text(urls)))
-        assert audit.returncode == 0 and "2 of 2 arms complete" in audit.stdout, audit.stdout + audit.stderr
+        for name, value in with_secrets(tmp_path, MLFLOW_AUTH="1").items():
+            if name.startswith(("PG", "MLFLOW")):
+                monkeypatch.setenv(name, value)
+        words = ["audit", "leave_one_out", *shlex.split(host.text(urls))]
+        code, said = basd_here(*words, cwd=tmp_path / "work", cache=tmp_path / "cache")
+        assert code == 0 and "2 of 2 arms complete" in said, said
         # artifacts went through the server
         assert list((tmp_path / "artifacts").rglob("config.yaml"))
         host.start("dashboard", "dashboard.log")

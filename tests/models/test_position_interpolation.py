@@ -1,5 +1,6 @@
 """DINOv2's positions at other image sizes, against the formula of its original release written out here."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -33,29 +34,28 @@ def released_with_registers(positions: torch.Tensor, grid: tuple[int, int]) -> t
     return moved.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (14, 14), (5, 5), (38, 38), (60, 60), (16, 20)])
-def test_positions_are_those_of_the_release(grid: tuple[int, int]) -> None:
+def close(got: torch.Tensor, expected: torch.Tensor, case: object) -> None:
+    torch.testing.assert_close(got, expected, msg=lambda said: f"{case}: {said}")
+
+
+def test_positions_are_those_of_the_release() -> None:
     torch.manual_seed(0)
     plain, registers = torch.randn(1, 1 + NATIVE**2, 8), torch.randn(1, NATIVE**2, 8)
-    torch.testing.assert_close(interpolate_dinov2_positions(plain, grid, False), released(plain, grid))
-    torch.testing.assert_close(
-        interpolate_dinov2_positions(registers, grid, True), released_with_registers(registers, grid)
-    )
+    for grid in [(16, 16), (14, 14), (5, 5), (38, 38), (60, 60), (16, 20)]:
+        close(interpolate_dinov2_positions(plain, grid, False), released(plain, grid), grid)
+        close(interpolate_dinov2_positions(registers, grid, True), released_with_registers(registers, grid), grid)
+    assert torch.equal(interpolate_dinov2_positions(plain, (NATIVE, NATIVE), False), plain)
 
 
-@pytest.mark.parametrize("side", range(1, 75))
-def test_every_grid_comes_out_at_its_size(side: int) -> None:
+def test_every_grid_comes_out_at_its_size() -> None:
+    """Despite the offset in the scale, at every size that rounding could change."""
     positions = torch.randn(1, 1 + NATIVE**2, 1)
-    assert interpolate_dinov2_positions(positions, (side, side), False).shape == (1, 1 + side * side, 1)
-
-
-def test_the_native_grid_is_left_alone() -> None:
-    positions = torch.randn(1, 1 + NATIVE**2, 4)
-    assert torch.equal(interpolate_dinov2_positions(positions, (NATIVE, NATIVE), False), positions)
+    for side in range(1, 75):
+        assert interpolate_dinov2_positions(positions, (side, side), False).shape == (1, 1 + side * side, 1), side
 
 
 def test_the_offset_and_the_antialias_are_seen() -> None:
-    """On smooth positions timm's differ a little; in the scale alone too."""
+    """On smooth positions timm's differ by what the offset moves the samples."""
     ramp = torch.linspace(0, 1, NATIVE).view(1, NATIVE, 1).expand(1, NATIVE, NATIVE).reshape(1, -1, 1)
     positions = torch.cat([torch.zeros(1, 1, 1), ramp], dim=1)
     ours = interpolate_dinov2_positions(positions, (16, 16), False)
@@ -71,27 +71,23 @@ def test_the_offset_and_the_antialias_are_seen() -> None:
 MODELS = {"plain": "vit_small_patch14_dinov2.lvd142m", "registers": "vit_small_patch14_reg4_dinov2.lvd142m"}
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def released_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def released_file(kind: str, folder: Path) -> Path:
     """A checkpoint at 518 pixels with random weights, in timm's layout."""
+    with torch.device("meta"):
+        model = timm.create_model(MODELS[kind].split(".")[0], pretrained=False)
     torch.manual_seed(0)
-    model = timm.create_model(MODELS[request.param].split(".")[0], pretrained=False)
-    path = tmp_path_factory.mktemp("weights") / "dinov2.safetensors"
-    save_file(model.state_dict(), path)
-    return request.param, path
+    path = folder / f"{kind}.safetensors"
+    save_file({name: torch.randn(value.shape) for name, value in model.state_dict().items()}, path)
+    return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("image_size", [224, 196, 518])
-@pytest.mark.parametrize("how", ["original", "timm"])
-def test_teacher_at_another_image_size(released_file: tuple[str, Path], image_size: int, how: str) -> None:
-    kind, path = released_file
-    model = build_timm_teacher(
-        TimmTeacherConfig(model=MODELS[kind], image_size=image_size, weights=str(path), position_interpolation=how), 10
-    )
+def check_teacher(kind: str, path: Path, image_size: int, how: str) -> None:
+    config = TimmTeacherConfig(model=MODELS[kind], image_size=image_size, weights=str(path), position_interpolation=how)
+    model = build_timm_teacher(config, 10)
     stored, got = load_file(path), model.state_dict()
     positions, side = stored.pop("pos_embed"), image_size // 14
-    assert model.patch_embed.grid_size == (side, side)
+    case = (kind, image_size, how)
+    assert model.patch_embed.grid_size == (side, side), case
     if image_size == 518:
         expected = positions
     elif kind == "registers":
@@ -101,14 +97,21 @@ def test_teacher_at_another_image_size(released_file: tuple[str, Path], image_si
         expected = released(positions, (side, side))
     else:
         expected = resample_abs_pos_embed(positions, [side, side], [NATIVE, NATIVE])
-    torch.testing.assert_close(got.pop("pos_embed"), expected)
-    assert got.keys() == stored.keys() and all(torch.equal(got[name], stored[name]) for name in got)
+    close(got.pop("pos_embed"), expected, case)
+    assert got.keys() == stored.keys() and all(torch.equal(got[name], stored[name]) for name in got), case
     if image_size == 196:
         with torch.no_grad():
-            assert model(torch.randn(1, 3, 196, 196)).shape == (1, 384)
+            assert model(torch.randn(1, 3, 196, 196)).shape == (1, 384), case
 
 
-@pytest.mark.slow
+@pytest.mark.full
+def test_teacher_at_other_image_sizes(tmp_path: Path) -> None:
+    for kind in MODELS:
+        path = released_file(kind, tmp_path)
+        for image_size, how in product([224, 196, 518], ["original", "timm"]):
+            check_teacher(kind, path, image_size, how)
+
+
 def test_weights_of_the_hub_are_taken_at_their_native_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)
     torch.manual_seed(3)

@@ -1,6 +1,5 @@
 import math
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -21,13 +20,17 @@ def counted_overlap(target: tuple[int, int], source: tuple[int, int]) -> Tensor:
     return counts / (height * width)
 
 
-@pytest.mark.parametrize("target, source", [*GRIDS, ((14, 14), (16, 16))])
-def test_area_overlap_counts_pixels(target: tuple[int, int], source: tuple[int, int]) -> None:
-    expected = counted_overlap(target, source)
-    torch.testing.assert_close(area_overlap(target, source), expected, rtol=0, atol=1e-12)
-    rows, columns = row_resampling(target, source), column_resampling(target, source)
-    torch.testing.assert_close(rows.double(), expected / expected.sum(1, keepdim=True), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(columns.double(), expected / expected.sum(0, keepdim=True), rtol=1e-5, atol=1e-7)
+def close(got: Tensor, expected: Tensor, case: object, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=lambda said: f"{case}: {said}")
+
+
+def test_area_overlap_counts_pixels() -> None:
+    for target, source in [*GRIDS, ((14, 14), (16, 16))]:
+        case, expected = (target, source), counted_overlap(target, source)
+        close(area_overlap(target, source), expected, case, rtol=0, atol=1e-12)
+        rows, columns = row_resampling(target, source), column_resampling(target, source)
+        close(rows.double(), expected / expected.sum(1, keepdim=True), case, rtol=1e-5, atol=1e-7)
+        close(columns.double(), expected / expected.sum(0, keepdim=True), case, rtol=1e-5, atol=1e-7)
 
 
 def random_attention(tokens: int, seed: int = 0) -> Tensor:
@@ -35,11 +38,9 @@ def random_attention(tokens: int, seed: int = 0) -> Tensor:
     return scores.softmax(-1)
 
 
-@pytest.mark.parametrize("target, source", GRIDS)
-def test_resampled_attention_equals_loops(target: tuple[int, int], source: tuple[int, int]) -> None:
+def attention_by_loops(target: tuple[int, int], source: tuple[int, int], attention: Tensor) -> Tensor:
     overlap = counted_overlap(target, source)
     n_t, n_s = overlap.shape
-    attention = random_attention(n_s)[0, 0].double()
     query_side = torch.zeros(1 + n_t, 1 + n_s, dtype=torch.float64)
     for i in range(1 + n_t):
         for j in range(1 + n_s):
@@ -53,10 +54,17 @@ def test_resampled_attention_equals_loops(target: tuple[int, int], source: tuple
         for k in range(n_t):
             # a teacher cell's mass is shared out by the area each student cell has of it
             expected[i, 1 + k] = sum(query_side[i, 1 + a] * overlap[k, a] * n_s for a in range(n_s))
-    got = resample_attention(random_attention(n_s), target, source)
-    torch.testing.assert_close(got[0, 0].double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.sum(-1), torch.ones(2, 3, 1 + n_t))
-    assert (got >= 0).all()
+    return expected
+
+
+def test_resampled_attention_equals_loops() -> None:
+    for target, source in GRIDS:
+        attention = random_attention(source[0] * source[1])
+        got = resample_attention(attention, target, source)
+        expected = attention_by_loops(target, source, attention[0, 0].double())
+        close(got[0, 0].double(), expected, (target, source), rtol=1e-5, atol=1e-6)
+        close(got.sum(-1), torch.ones(2, 3, len(expected)), (target, source), rtol=1.3e-6, atol=1e-5)
+        assert (got >= 0).all(), (target, source)
 
 
 def test_same_grid_keeps_the_map() -> None:

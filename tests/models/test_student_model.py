@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from itertools import product
 
 import pytest
 import timm
@@ -42,21 +43,21 @@ def test_settings_reach_the_model() -> None:
     assert student.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(
-    "points, depth, expected",
-    [
-        (4, 12, (2, 5, 8, 11)),
-        (1, 12, (11,)),
-        (12, 12, tuple(range(12))),
-        (4, 4, (0, 1, 2, 3)),
-        (3, 4, (0, 2, 3)),
-        (4, 6, (1, 2, 4, 5)),
-        (4, 24, (5, 11, 17, 23)),
-        ([1, 3], 4, (1, 3)),
-    ],
-)
-def test_extraction_points(points: int | list[int], depth: int, expected: tuple[int, ...]) -> None:
-    assert extraction_points(points, depth) == expected
+EXTRACTED: list[tuple[int | list[int], int, tuple[int, ...]]] = [
+    (4, 12, (2, 5, 8, 11)),
+    (1, 12, (11,)),
+    (12, 12, tuple(range(12))),
+    (4, 4, (0, 1, 2, 3)),
+    (3, 4, (0, 2, 3)),
+    (4, 6, (1, 2, 4, 5)),
+    (4, 24, (5, 11, 17, 23)),
+    ([1, 3], 4, (1, 3)),
+]
+
+
+def test_extraction_points() -> None:
+    for points, depth, expected in EXTRACTED:
+        assert extraction_points(points, depth) == expected, (points, depth)
 
 
 def test_any_count_of_points_is_increasing_and_ends_at_the_last_block() -> None:
@@ -67,19 +68,19 @@ def test_any_count_of_points_is_increasing_and_ends_at_the_last_block() -> None:
             assert list(points) == sorted(set(points))
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_tapped_student_reads_without_changing(mode: str) -> None:
-    torch.manual_seed(0)
-    student = build_student(TINY, 5).train(mode == "train")
-    plain, x = copy.deepcopy(student), torch.randn(3, 3, 24, 24)
-    tapped = TappedStudent(student, (1, 3), attention=True)
-    torch.manual_seed(1)
-    out = tapped(x)
-    torch.manual_seed(1)
-    assert torch.equal(out.logits, plain(x))
-    assert out.tokens is not None and out.scores is not None
-    assert out.tokens.shape == (2, 3, 9, 12) and out.scores.shape == (2, 3, 2, 10, 10)
-    assert set(student.state_dict()) == set(plain.state_dict())
+def test_tapped_student_reads_without_changing() -> None:
+    for training in (True, False):
+        torch.manual_seed(0)
+        student = build_student(TINY, 5).train(training)
+        plain, x = copy.deepcopy(student), torch.randn(3, 3, 24, 24)
+        tapped = TappedStudent(student, (1, 3), attention=True)
+        torch.manual_seed(1)
+        out = tapped(x)
+        torch.manual_seed(1)
+        assert torch.equal(out.logits, plain(x)), f"training: {training}"
+        assert out.tokens is not None and out.scores is not None
+        assert out.tokens.shape == (2, 3, 9, 12) and out.scores.shape == (2, 3, 2, 10, 10)
+        assert set(student.state_dict()) == set(plain.state_dict())
 
 
 def test_tokens_and_scores_are_those_of_the_points() -> None:
@@ -110,15 +111,13 @@ def test_gradients_flow_through_the_taps() -> None:
     assert student.blocks[2].attn.qkv.weight.grad is None
 
 
-def test_without_points_only_logits() -> None:
+def test_what_is_not_asked_for_is_not_read() -> None:
     student = build_student(TINY, 5)
     out = TappedStudent(student, (), attention=False)(torch.randn(2, 3, 24, 24))
     assert out.tokens is None and out.scores is None and out.cls is None and out.logits.shape == (2, 5)
     assert out.features is not None and out.features.shape == (2, 12)
-
-
-def test_without_attention_no_scores() -> None:
-    student = build_student(TINY, 5)
+    # no distillation token, no second head
+    assert out.distillation_logits is None
     out = TappedStudent(student, (3,), attention=False)(torch.randn(2, 3, 24, 24))
     assert out.tokens is not None and out.scores is None
 
@@ -134,25 +133,24 @@ def test_registers_are_dropped_from_tokens_and_scores() -> None:
     assert out.scores.shape == (1, 2, 2, 7, 7)
 
 
-@pytest.mark.parametrize("token", [False, True])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_class_token_and_features(token: bool, mode: str) -> None:
+def test_class_token_and_features() -> None:
     """cls is the blocks' raw output; features are what the class head reads: the class token after the final norm."""
-    torch.manual_seed(0)
-    student = build_student(dataclasses.replace(TINY, distillation_token=token, drop_path=0.0), 5).train(
-        mode == "train"
-    )
-    perturb(student)
-    x = torch.randn(2, 3, 24, 24)
-    out = TappedStudent(student, (0, 2), attention=False)(x)
-    hidden = student._pos_embed(student.patch_embed(x))
-    blocks = []
-    for block in student.blocks:
-        hidden = block(hidden)
-        blocks.append(hidden)
-    assert out.cls is not None and out.cls.shape == (2, 2, 12)
-    torch.testing.assert_close(out.cls, torch.stack([blocks[0][:, 0], blocks[2][:, 0]]))
-    torch.testing.assert_close(out.features, student.norm(hidden)[:, 0])
+    for token, training in product([False, True], [False, True]):
+        torch.manual_seed(0)
+        student = build_student(dataclasses.replace(TINY, distillation_token=token, drop_path=0.0), 5).train(training)
+        perturb(student)
+        x = torch.randn(2, 3, 24, 24)
+        out = TappedStudent(student, (0, 2), attention=False)(x)
+        hidden = student._pos_embed(student.patch_embed(x))
+        blocks = []
+        for block in student.blocks:
+            hidden = block(hidden)
+            blocks.append(hidden)
+        case = f"distillation token {token}, training {training}: "
+        assert out.cls is not None and out.cls.shape == (2, 2, 12), case
+        expected = torch.stack([blocks[0][:, 0], blocks[2][:, 0]])
+        torch.testing.assert_close(out.cls, expected, msg=lambda said, case=case: case + said)
+        torch.testing.assert_close(out.features, student.norm(hidden)[:, 0], msg=lambda said, case=case: case + said)
 
 
 def test_features_have_gradients() -> None:
@@ -224,10 +222,6 @@ def test_both_heads_in_training_and_their_mean_in_evaluation() -> None:
     mean = tapped(x)
     torch.testing.assert_close(mean.logits, (by_class + by_distillation) / 2)
     assert torch.equal(mean.logits, plain(x)) and mean.distillation_logits is None
-
-
-def test_a_plain_student_has_no_distillation_logits() -> None:
-    assert TappedStudent(build_student(TINY, 5), (1,), False)(torch.randn(2, 3, 24, 24)).distillation_logits is None
 
 
 def test_the_distillation_token_is_dropped_from_tokens_and_scores() -> None:

@@ -1,14 +1,15 @@
 """Any ViT of timm's VisionTransformer family as a teacher, whatever its tokens; what cannot be one, refused by name."""
 
+import os
+from itertools import product
 from typing import Any
 
 import huggingface_hub.errors
 import pytest
 import timm
 import torch
-from timm.layers import AttentionRope
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from basd.errors import UserError
@@ -45,11 +46,19 @@ def build(kind: str) -> VisionTransformer:
     return built.eval()
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
+def close(got: Tensor, expected: Tensor, kind: str) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda said: f"{kind}: {said}")
+
+
 @torch.no_grad()
-def test_tokens_and_attention_of_every_kind(kind: str) -> None:
+def test_tokens_and_attention_of_every_kind() -> None:
     """Against the blocks' own outputs, and attention as timm computes it where it is not fused."""
     images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    for kind in VARIANTS:
+        check_tokens_and_attention(kind, images)
+
+
+def check_tokens_and_attention(kind: str, images: Tensor) -> None:
     reference = build(kind)
     maps: list[Tensor] = []
     blocks: list[Tensor] = []
@@ -61,22 +70,22 @@ def test_tokens_and_attention_of_every_kind(kind: str) -> None:
     teacher = Teacher(check_tappable(build(kind), kind))
     out = teacher(images)
     prefix = reference.num_prefix_tokens
-    assert prefix == 1 + (4 if "registers" in kind else 0) + (kind == "distillation token")
+    assert prefix == 1 + (4 if "registers" in kind else 0) + (kind == "distillation token"), kind
     options = {**SMALL, **VARIANTS[kind]}
     assert (teacher.shape.width, teacher.shape.depth, teacher.shape.heads) == (
         options["embed_dim"],
         options["depth"],
         options["num_heads"],
-    )
-    torch.testing.assert_close(out.tokens, torch.stack([x[:, prefix:] for x in blocks]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out.cls, torch.stack([x[:, 0] for x in blocks]), rtol=1e-4, atol=1e-5)
+    ), kind
+    close(out.tokens, torch.stack([x[:, prefix:] for x in blocks]), kind)
+    close(out.cls, torch.stack([x[:, 0] for x in blocks]), kind)
     keep = [0, *range(prefix, prefix + 9)]
     kept = torch.stack(maps)[..., keep, :][..., keep]
     kept = kept / kept.sum(-1, keepdim=True)
     got = out.attention((2, 2))
-    torch.testing.assert_close(got, resample_attention(kept, (2, 2), (3, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got.sum(-1), torch.ones(got.shape[:-1]))
-    torch.testing.assert_close(out.features, reference.forward_head(final, pre_logits=True), rtol=1e-4, atol=1e-5)
+    close(got, resample_attention(kept, (2, 2), (3, 3)), kind)
+    close(got.sum(-1), torch.ones(got.shape[:-1]), kind)
+    close(out.features, reference.forward_head(final, pre_logits=True), kind)
 
 
 def test_a_distilled_teacher_by_name() -> None:
@@ -97,88 +106,79 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
 
 
-@pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize(
-    ("model", "said"),
-    [
-        ("vit_base_patch16_siglip_224", "has no class token.*; choose a ViT with one"),
-        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
-        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
-        ("eva02_tiny_patch14_224", "timm's eva family"),
-        ("vit_small_patch16_dinov3", "timm's eva family"),
-        ("beit_base_patch16_224", "timm's beit family; choose"),
-        ("vit_relpos_small_patch16_224", "timm's vision_transformer_relpos family"),
-        ("vit_small_patch14_dinov2.lvd", r"choose vit_small_patch14_dinov2\.lvd142m"),
-    ],
-)
-def test_what_cannot_be_a_teacher_is_refused_by_name(model: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
-        build_timm_teacher(TimmTeacherConfig(model=model), 10)
-    assert model in str(caught.value) and "\n" not in str(caught.value)
+REFUSED = {
+    "vit_base_patch16_siglip_224": "has no class token.*; choose a ViT with one",
+    "vit_small_patch16_18x2_224": "ParallelThingsBlock",
+    "vit_base_patch16_xp_224": "ParallelScalingBlock",
+    "eva02_tiny_patch14_224": "timm's eva family",
+    "vit_small_patch16_dinov3": "timm's eva family",
+    "beit_base_patch16_224": "timm's beit family; choose",
+    "vit_relpos_small_patch16_224": "timm's vision_transformer_relpos family",
+    "vit_small_patch14_dinov2.lvd": r"choose vit_small_patch14_dinov2\.lvd142m",
+    "no_such_model": "is not a model of timm",
+    "resnet10t": "VisionTransformer family",
+    "vit_tinyy": "is not a model of timm; see",
+    "vit_tiny_patch7_224": "is not a model of timm; did you mean .*_tiny",
+}
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize(("size", "choose"), [(225, "224 or 238"), (10, "14")])
-def test_an_image_that_is_no_multiple_of_the_patch(size: int, choose: str) -> None:
-    with pytest.raises(UserError, match=rf"not a multiple of the 14 pixels .*; choose {choose}\.$"):
-        check_timm_teacher(TimmTeacherConfig(image_size=size))
+def test_what_cannot_be_a_teacher_is_refused_by_name() -> None:
+    for model, said in REFUSED.items():
+        with pytest.raises(UserError, match=said) as caught:
+            build_timm_teacher(TimmTeacherConfig(model=model), 10)
+        assert model in str(caught.value) and "\n" not in str(caught.value), model
 
 
-@pytest.mark.parametrize("layer", ["rope", "diff"])
-def test_other_attention_is_refused_by_name(layer: str) -> None:
-    model = VisionTransformer(**SMALL, **({"attn_layer": "diff"} if layer == "diff" else {}))
-    if layer == "rope":
-        model.blocks[1].attn = AttentionRope(24, num_heads=3)
-    with pytest.raises(UserError, match=r"this model uses \w+") as caught:
-        check_tappable(model, "this model")
-    assert type(model.blocks[1].attn).__name__ in str(caught.value)
-
-
-def test_other_blocks_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="this model is built of ParallelScalingBlock"):
-        check_tappable(VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), "this model")
+@pytest.mark.usefixtures("offline")
+def test_an_image_that_is_no_multiple_of_the_patch() -> None:
+    for size, choose in ((225, "224 or 238"), (10, "14")):
+        with pytest.raises(UserError, match=rf"not a multiple of the 14 pixels .*; choose {choose}\.$"):
+            check_timm_teacher(TimmTeacherConfig(image_size=size))
 
 
 # -- the hub -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_without_network_a_file_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = [
         huggingface_hub.errors.LocalEntryNotFoundError("An error happened while trying to locate the file.\nCheck it."),
         huggingface_hub.errors.OfflineModeIsEnabled("Cannot reach https://huggingface.co: offline mode is enabled."),
         OSError("[Errno 101] Network is unreachable"),
         TimeoutError(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_without_network_a_file_is_asked_for(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
+    ]
+    for error in errors:
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
-    with pytest.raises(UserError, match=r"cannot be downloaded \(.*\); give teacher\.weights=FILE") as caught:
-        build_timm_teacher(TimmTeacherConfig(model="test_vit.r160_in1k", image_size=64), 10)
-    assert "\n" not in str(caught.value) and type(error).__name__ in str(caught.value)
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+        monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
+        with pytest.raises(UserError, match=r"cannot be downloaded \(.*\); give teacher\.weights=FILE") as caught:
+            build_timm_teacher(TimmTeacherConfig(model="test_vit.r160_in1k", image_size=64), 10)
+        assert "\n" not in str(caught.value) and type(error).__name__ in str(caught.value), error
 
 
-@pytest.mark.parametrize("proxy", [False, True])
-@pytest.mark.parametrize("resolves", [False, True])
-def test_offline_nobody_waits_for_the_hub(proxy: bool, resolves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network, the cache alone is asked; where names resolve, or a proxy resolves them, the hub is."""
-
-    def resolve(*_: object) -> list[object]:
-        if not resolves:
-            raise OSError("Name or service not known")
-        return []
-
-    monkeypatch.setattr("socket.getaddrinfo", resolve)
-    monkeypatch.setattr("basd.hub.getproxies", lambda: {"https": "http://proxy:3128"} if proxy else {})
+def test_offline_nobody_waits_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network only the cache is asked; where names resolve, or a proxy resolves them, the hub is asked."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with no_waiting_offline():
-        assert huggingface_hub.constants.is_offline_mode() == (not resolves and not proxy)
-    assert not huggingface_hub.constants.is_offline_mode()
+    for resolves, proxy in product([False, True], [False, True]):
+
+        def resolve(*_: object, resolves: bool = resolves) -> list[object]:
+            if not resolves:
+                raise OSError("Name or service not known")
+            return []
+
+        with monkeypatch.context() as patch:
+            patch.setattr("socket.getaddrinfo", resolve)
+            if proxy:
+                patch.setenv("https_proxy", "http://proxy:3128")
+            with no_waiting_offline():
+                offline = huggingface_hub.constants.is_offline_mode()
+            assert offline == (not resolves and not proxy), (resolves, proxy)
+            assert not huggingface_hub.constants.is_offline_mode(), (resolves, proxy)
 
 
 def test_a_model_that_timm_offers_no_weights_for() -> None:
