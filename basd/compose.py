@@ -163,7 +163,10 @@ def _compose_groups(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, s
     with initialize_config_module("basd.conf", job_name="basd"):
         composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
     choices = {str(key): str(value) for key, value in composed.hydra.runtime.choices.items() if "/" not in str(key)}
-    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]), choices
+    base = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    # a wrong key is an error, not a new setting
+    OmegaConf.set_struct(base, True)
+    return base, choices
 
 
 def _apply_preset(composed: Any, overrides: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ MakeArm = Callable[..., FrozenArm]
 RSD_ALONE = ["losses.rel.enabled=false", "losses.attn.enabled=false", "losses.spectral.enabled=false"]
 
 
+@cache
 def key_of(*overrides: str) -> str:
     return keys_of(compose(overrides).config, teacher_fingerprint="t", data_fingerprint="d").arm
 
@@ -35,39 +37,39 @@ def test_the_default_is_the_complete_method() -> None:
     assert (config.head_aligner.name, config.weighting.name, config.warmup.name) == ("conv", "uwso", "staggered")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["selector=unifrm"], ["selector=unifrm is not known", "did you mean uniform?", "adaptive_spectral"]),
-        (["method=bassd"], ["did you mean basd?", "ce"]),
-        (["losses.rsd.kapa=1"], ["losses.rsd.kapa is not a setting of losses.rsd", "did you mean kappa?"]),
-        (["lossses.rsd.kappa=1"], ["lossses.rsd.kappa is not a setting", "did you mean losses?"]),
-        (["selctor=uniform"], ["selctor is not a setting", "did you mean selector?"]),
-        (["losses.rsd.kappa=abc"], ["losses.rsd.kappa=abc", "could not be converted to Float"]),
-        (["losses.rsd.kappa=-1"], ["losses.rsd.kappa=-1.0 must be at least 0"]),
-        (["losses.rsd.center=middle"], ["losses.rsd.center=middle is not known", "position"]),
-        (["seed=1.5"], ["seed=1.5"]),
-        (["seed=1,2"], ['"seed=1,2" holds several values']),
-        (["seed"], ['"seed" is not an override; write KEY=VALUE']),
-        (["+seed=1"], ["cannot be added or removed"]),
-        (["recipe.duration=20"], ["recipe.duration", "is not a length"]),
-        (["recipe.duration=10%"], ["recipe.duration", "needs a whole to be a part of"]),
-        (["student.points=[1,9]"], ["student.points holds block 9, but the student's 4 blocks are 0 to 3"]),
-        (["student.points=9"], ["student.points=9 must be between 1 and the student's 4 blocks"]),
-        (["student.points=[2,1]"], ["must be increasing"]),
-        (["student.points=all"], ["must be a count of points or a list"]),
-        (["student.width=50"], ["student.width=50 does not divide by student.heads=3"]),
-        (["student.patch_size=7"], ["student.image_size=40 is not a multiple of student.patch_size=7"]),
-        (["head_aligner=none"], ["head_aligner=none needs equal head counts", "choose head_aligner=conv"]),
-        (["data.crop_scale=[1.0,0.5]"], ["data.crop_scale must be [low, high]"]),
-        ([f"losses.{n}.enabled=false" for n in ("rsd", "rel", "attn", "spectral")], ["every loss off", "method=ce"]),
-    ],
-)
-def test_bad_input_is_one_message_with_the_way_out(overrides: list[str], said: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        compose(overrides)
-    for part in said:
-        assert part in str(error.value)
+BAD: list[tuple[list[str], list[str]]] = [
+    (["selector=unifrm"], ["selector=unifrm is not known", "did you mean uniform?", "adaptive_spectral"]),
+    (["method=bassd"], ["did you mean basd?", "ce"]),
+    (["losses.rsd.kapa=1"], ["losses.rsd.kapa is not a setting of losses.rsd", "did you mean kappa?"]),
+    (["lossses.rsd.kappa=1"], ["lossses.rsd.kappa is not a setting", "did you mean losses?"]),
+    (["selctor=uniform"], ["selctor is not a setting", "did you mean selector?"]),
+    (["losses.rsd.kappa=abc"], ["losses.rsd.kappa=abc", "could not be converted to Float"]),
+    (["losses.rsd.kappa=-1"], ["losses.rsd.kappa=-1.0 must be at least 0"]),
+    (["losses.rsd.center=middle"], ["losses.rsd.center=middle is not known", "position"]),
+    (["seed=1.5"], ["seed=1.5"]),
+    (["seed=1,2"], ['"seed=1,2" holds several values']),
+    (["seed"], ['"seed" is not an override; write KEY=VALUE']),
+    (["+seed=1"], ["cannot be added or removed"]),
+    (["recipe.duration=20"], ["recipe.duration", "is not a length"]),
+    (["recipe.duration=10%"], ["recipe.duration", "needs a whole to be a part of"]),
+    (["student.points=[1,9]"], ["student.points holds block 9, but the student's 4 blocks are 0 to 3"]),
+    (["student.points=9"], ["student.points=9 must be between 1 and the student's 4 blocks"]),
+    (["student.points=[2,1]"], ["must be increasing"]),
+    (["student.points=all"], ["must be a count of points or a list"]),
+    (["student.width=50"], ["student.width=50 does not divide by student.heads=3"]),
+    (["student.patch_size=7"], ["student.image_size=40 is not a multiple of student.patch_size=7"]),
+    (["head_aligner=none"], ["head_aligner=none needs equal head counts", "choose head_aligner=conv"]),
+    (["data.crop_scale=[1.0,0.5]"], ["data.crop_scale must be [low, high]"]),
+    ([f"losses.{n}.enabled=false" for n in ("rsd", "rel", "attn", "spectral")], ["every loss off", "method=ce"]),
+]
+
+
+def test_bad_input_is_one_message_with_the_way_out() -> None:
+    for overrides, said in BAD:
+        with pytest.raises(UserError) as error:
+            compose(overrides)
+        for part in said:
+            assert part in str(error.value), overrides
 
 
 def test_all_problems_are_listed_together() -> None:
@@ -88,27 +90,59 @@ def test_from_dict_refuses_what_the_command_line_would() -> None:
     assert "selector.temperature='hot' must be a number" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (["runtime.threads=2", "tracking.uri=sqlite:///x.db", "runtime.directory=elsewhere"], []),
-        (["student.points=[1,3]", "student.depth=4"], ["student.points=2"]),
-        (["weighting=fixed"], ["weighting=equal"]),
-        (
-            ["warmup=staggered", *(f"warmup.starts.{n}=0.0" for n in ("rel", "attn", "spectral"))],
-            ["warmup=simultaneous"],
-        ),
-        (["warmup=simultaneous", "warmup.length=0"], ["warmup=none"]),
-        (["selector.entropy=none"], ["selector.entropy_weight=0"]),
-        (["method=ce", "selector=uniform"], ["method=ce", "selector=forward", "student.points=2"]),
-        (["method=ce", "weighting=equal"], ["method=ce", "teacher.depth=2", "mixing.targets=clean"]),
-        (["losses.rsd.enabled=false", "losses.rsd.kappa=0.5"], ["losses.rsd.enabled=false"]),
-        (["losses.attn.enabled=false", "head_aligner=none"], ["losses.attn.enabled=false"]),
-        (["views=single"], ["views=single", "method=basd"]),
-    ],
-)
-def test_equal_computations_have_one_key(one: list[str], other: list[str]) -> None:
-    assert key_of(*one) == key_of(*other)
+# pairs that are trained below
+FOLDED: list[tuple[list[str], list[str]]] = [
+    # one loss: its UW-SO weight is 1
+    (
+        ["losses.rel.enabled=false", "losses.attn.enabled=false", "losses.spectral.enabled=false"],
+        [
+            "losses.rel.enabled=false",
+            "losses.attn.enabled=false",
+            "losses.spectral.enabled=false",
+            "weighting=equal",
+        ],
+    ),
+    (["weighting=fixed"], ["weighting=equal"]),
+    (["selector.entropy=none"], ["selector.entropy_weight=0"]),
+    (["warmup.starts.rel=0.0", "warmup.starts.attn=0.0", "warmup.starts.spectral=0.0"], ["warmup=simultaneous"]),
+    (["warmup=simultaneous", "warmup.length=0"], ["warmup=none"]),
+    (["mixing.probability=0"], ["mixing=none"]),
+    (["mixing.switch=1"], ["mixing=cutmix"]),
+    (["mixing.switch=0", "mixing.cutmix_alpha=0.3"], ["mixing=mixup"]),
+    (["views.strong=three_augment", "views.magnitude=3"], ["views.strong=three_augment"]),
+    (["views.num_ops=0", "views.strong=randaugment_full"], ["views.num_ops=0", "views.op_probability=0"]),
+    (["views.op_probability=0", "views.strong=randaugment_full"], ["views.op_probability=0", "views.magnitude=1"]),
+    (["losses.rsd.samples=cls", "losses.rsd.center=global"], ["losses.rsd.samples=cls"]),
+    (["losses.rel.pairs=all", "losses.rel.num_pairs=5"], ["losses.rel.pairs=all"]),
+    (["method=vrm", "losses.rel.num_pairs=5", "selector=alp"], ["method=vrm", "losses.rel.pairs=all"]),
+    (["method=kd", "losses.logit.kind=deit_soft"], ["method=kd"]),
+    (["method=deit_hard", "losses.logit.temperature=2.0"], ["method=deit_hard"]),
+    (["method=layer_matching", "weighting=dwa"], ["method=layer_matching", "weighting=equal"]),
+    (["warmup=none", "weighting.order=ramp_then_weights"], ["warmup=none"]),
+    (["student.points=1", "head_aligner.stack=all"], ["student.points=1"]),
+    (
+        [*RSD_ALONE, "token_aligner=student_projection"],
+        [*RSD_ALONE, "token_aligner=interpolate"],
+    ),
+]
+EQUAL: list[tuple[list[str], list[str]]] = [
+    (["runtime.threads=2", "tracking.uri=sqlite:///x.db", "runtime.directory=elsewhere"], []),
+    (["student.points=[1,3]", "student.depth=4"], ["student.points=2"]),
+    (
+        ["warmup=staggered", *(f"warmup.starts.{n}=0.0" for n in ("rel", "attn", "spectral"))],
+        ["warmup=simultaneous"],
+    ),
+    (["method=ce", "selector=uniform"], ["method=ce", "selector=forward", "student.points=2"]),
+    (["method=ce", "weighting=equal"], ["method=ce", "teacher.depth=2", "mixing.targets=clean"]),
+    (["losses.rsd.enabled=false", "losses.rsd.kappa=0.5"], ["losses.rsd.enabled=false"]),
+    (["losses.attn.enabled=false", "head_aligner=none"], ["losses.attn.enabled=false"]),
+    (["views=single"], ["views=single", "method=basd"]),
+]
+
+
+def test_equal_computations_have_one_key() -> None:
+    for one, other in (*EQUAL, *FOLDED):
+        assert key_of(*one) == key_of(*other), (one, other)
 
 
 def test_different_computations_have_different_keys() -> None:
@@ -203,50 +237,21 @@ def test_fields_without_effect_are_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        # one loss: its UW-SO weight is 1
-        (
-            ["losses.rel.enabled=false", "losses.attn.enabled=false", "losses.spectral.enabled=false"],
-            [
-                "losses.rel.enabled=false",
-                "losses.attn.enabled=false",
-                "losses.spectral.enabled=false",
-                "weighting=equal",
-            ],
-        ),
-        (["weighting=fixed"], ["weighting=equal"]),
-        (["selector.entropy=none"], ["selector.entropy_weight=0"]),
-        (["warmup.starts.rel=0.0", "warmup.starts.attn=0.0", "warmup.starts.spectral=0.0"], ["warmup=simultaneous"]),
-        (["warmup=simultaneous", "warmup.length=0"], ["warmup=none"]),
-        (["mixing.probability=0"], ["mixing=none"]),
-        (["mixing.switch=1"], ["mixing=cutmix"]),
-        (["mixing.switch=0", "mixing.cutmix_alpha=0.3"], ["mixing=mixup"]),
-        (["views.strong=three_augment", "views.magnitude=3"], ["views.strong=three_augment"]),
-        (["views.num_ops=0", "views.strong=randaugment_full"], ["views.num_ops=0", "views.op_probability=0"]),
-        (["views.op_probability=0", "views.strong=randaugment_full"], ["views.op_probability=0", "views.magnitude=1"]),
-        (["losses.rsd.samples=cls", "losses.rsd.center=global"], ["losses.rsd.samples=cls"]),
-        (["losses.rel.pairs=all", "losses.rel.num_pairs=5"], ["losses.rel.pairs=all"]),
-        (["method=vrm", "losses.rel.num_pairs=5", "selector=alp"], ["method=vrm", "losses.rel.pairs=all"]),
-        (["method=kd", "losses.logit.kind=deit_soft"], ["method=kd"]),
-        (["method=deit_hard", "losses.logit.temperature=2.0"], ["method=deit_hard"]),
-        (["method=layer_matching", "weighting=dwa"], ["method=layer_matching", "weighting=equal"]),
-        (["warmup=none", "weighting.order=ramp_then_weights"], ["warmup=none"]),
-        (["student.points=1", "head_aligner.stack=all"], ["student.points=1"]),
-        (
-            [*RSD_ALONE, "token_aligner=student_projection"],
-            [*RSD_ALONE, "token_aligner=interpolate"],
-        ),
-    ],
+    "pairs", [FOLDED[:1] + FOLDED[5:6], pytest.param(FOLDED, marks=pytest.mark.full)], ids=["two", "all"]
 )
 def test_folded_arms_train_to_the_same_bits(
-    one: list[str], other: list[str], tiny_arm: MakeArm, tmp_path: Path
+    pairs: list[tuple[list[str], list[str]]], tiny_arm: MakeArm, tmp_path: Path
 ) -> None:
-    arms = [tiny_arm(*one, "recipe.duration=8 steps"), tiny_arm(*other, "recipe.duration=8 steps")]
-    assert arms[0].arm_key == arms[1].arm_key
-    for name, arm in zip("ab", arms, strict=True):
-        train_cohort([arm], [tmp_path / name], [MemoryRecorder()])
-    assert same_bits(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
+    """All as one cohort, in which an arm has the bits that it has alone."""
+    # more than an epoch
+    arms = [tiny_arm(*overrides, "recipe.duration=6 steps") for pair in pairs for overrides in pair]
+    directories = [tmp_path / str(number) for number in range(len(arms))]
+    results = train_cohort(arms, directories, [MemoryRecorder() for _ in arms])
+    assert {result.status for result in results} == {"complete"}
+    for number, pair in enumerate(pairs):
+        one, other = (2 * number + place for place in range(2))
+        assert arms[one].arm_key == arms[other].arm_key, pair
+        assert same_bits(state_of(directories[one]), state_of(directories[other])), pair
 
 
 def test_setting_names() -> None:
@@ -271,24 +276,34 @@ def test_choices_name_every_preset() -> None:
     choices = group_choices()
     assert {"basd", "ce"} <= set(choices["method"])
     assert {"digits_vit", "dinov2_vits14", "timm"} <= set(choices["teacher"])
-    for group, names in choices.items():
-        for name in names:
-            if (group, name) not in (("student", "deit_tiny"), ("head_aligner", "none"), ("data", "timm")):
-                assert compose([f"{group}={name}"]).choices[group] == name
-    assert TINY  # the tests' own sizes are valid
     compose(TINY)
 
 
-@pytest.mark.parametrize("method", group_choices()["method"])
-def test_a_preset_goes_with_other_parts_than_its_own(method: str) -> None:
+@pytest.mark.full
+def test_every_preset_can_be_chosen() -> None:
+    for group, names in group_choices().items():
+        for name in names:
+            # these need other settings beside them
+            if (group, name) not in (("student", "deit_tiny"), ("head_aligner", "none"), ("data", "timm")):
+                assert compose([f"{group}={name}"]).choices[group] == name
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [("basd", "a2d", "spectralkd"), pytest.param(tuple(group_choices()["method"]), marks=pytest.mark.full)],
+    ids=["some", "all"],
+)
+def test_a_preset_goes_with_other_parts_than_its_own(methods: tuple[str, ...]) -> None:
     """What a preset sets of a part that was exchanged is left out; what was said on the command line goes before it."""
     exchanged = ["mixing=none", "weighting=equal", "selector=uniform", "token_aligner=interpolate", "warmup=none"]
-    config = compose([f"method={method}", *exchanged], combinations=False).config
-    assert (config.mixing.name, config.weighting.name, config.selector.name) == ("none", "equal", "uniform")
-    said = compose([f"method={method}", "mixing=cutmix", "mixing.targets=skip"], combinations=False).config
-    assert (said.mixing.name, said.mixing.targets) == ("cutmix", "skip")
-    kept = compose([f"method={method}", "mixing=cutmix"]).config
-    assert kept.mixing.targets == compose([f"method={method}"]).config.mixing.targets
+    for method in methods:
+        config = compose([f"method={method}", *exchanged], combinations=False).config
+        names = (config.mixing.name, config.weighting.name, config.selector.name)
+        assert names == ("none", "equal", "uniform"), method
+        said = compose([f"method={method}", "mixing=cutmix", "mixing.targets=skip"], combinations=False).config
+        assert (said.mixing.name, said.mixing.targets) == ("cutmix", "skip"), method
+        kept = compose([f"method={method}", "mixing=cutmix"]).config
+        assert kept.mixing.targets == compose([f"method={method}"]).config.mixing.targets, method
 
 
 def test_weights_of_a_preset_and_of_the_command_line() -> None:

@@ -234,8 +234,9 @@ def _fitted_once(
 ) -> tuple[Facts, bool]:
     """Weights of `module` from the cache, or from `fit()`, which sets them in place and returns facts to keep beside them.
 
-    `fit()` runs on one CPU thread, so that machines with any number of cores fit the same weights. Processes that ask at the same time wait for the one that fits. `figures`: the facts that must be numbers. Returns the
-    facts and whether this call fitted.
+    `fit()` runs on one CPU thread, so that machines with any number of cores fit the same weights. Processes that ask at the
+    same time wait for the one that fits. `figures`: the facts that must be numbers. Returns the facts and whether this call
+    fitted.
     """
     folder, beside = path.parent, path.with_suffix(".json")
     try:
@@ -246,8 +247,8 @@ def _fitted_once(
         with _locked(path.with_suffix(".lock")):
             if path.exists() and beside.exists():
                 return _cached(path, module, figures), False
-            # the weights must not depend on the number of cores
-            with cpu_threads(1):
+            # the weights must not depend on the number of cores; who asks may compute without gradients
+            with cpu_threads(1), torch.enable_grad():
                 facts = fit()
             # facts of other weights must never stand beside these
             beside.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ NUMBERS = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3
 PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=3, max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(PAIRS)
 def test_paired_t_is_the_textbook_formula(pairs: list[tuple[float, float]]) -> None:
     a, b = (list(column) for column in zip(*pairs, strict=True))
@@ -38,7 +38,7 @@ def test_paired_t_is_the_textbook_formula(pairs: list[tuple[float, float]]) -> N
     assert result.p == pytest.approx(2 * stats.t.sf(abs(d.mean()) / error, len(d) - 1), abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(PAIRS)
 def test_swapping_the_samples_mirrors_the_result(pairs: list[tuple[float, float]]) -> None:
     a, b = (list(column) for column in zip(*pairs, strict=True))
@@ -47,7 +47,7 @@ def test_swapping_the_samples_mirrors_the_result(pairs: list[tuple[float, float]
     assert there.p == pytest.approx(back.p, abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=8))
 def test_sign_flip_counts_every_choice_of_signs(differences: list[int]) -> None:
     sums = [
@@ -64,7 +64,7 @@ def test_sign_flip_agrees_with_scipys_permutation_test() -> None:
     assert paired(list(a), list(b)).p_sign_flip == pytest.approx(theirs.pvalue)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1e-6, 0.004, 0.01, 0.02, 0.03, 0.2, 0.9, 1.0]), min_size=1, max_size=5))
 def test_holm_is_the_closed_test_of_bonferroni(p: list[float]) -> None:
     """An adjusted p is the largest Bonferroni p of all sets of hypotheses that contain it."""
@@ -78,19 +78,19 @@ def test_holm_passes_over_what_was_not_tested() -> None:
     assert adjusted[0] == 0.04 and math.isnan(adjusted[1]) and adjusted[2] == 0.02
 
 
-@pytest.mark.parametrize("n", [3, 5, 10])
-def test_the_interval_covers_the_truth_in_95_of_100(n: int) -> None:
+def test_the_interval_covers_the_truth_in_95_of_100() -> None:
     """10,000 experiments: seed effects common to both rows, own noise, a true difference of 0.02."""
-    rng, runs = np.random.default_rng(n), 10_000
-    rows = 0.7 + rng.normal(0, 0.05, (runs, 1, n)) + rng.normal(0, 0.01, (runs, 2, n)) + [[0.02], [0.0]]
-    d = rows[:, 0] - rows[:, 1]
-    reach = stats.t.ppf(0.975, n - 1) * d.std(1, ddof=1) / math.sqrt(n)
-    share = np.mean(abs(d.mean(1) - 0.02) <= reach)
-    assert abs(share - 0.95) < 3 * math.sqrt(0.95 * 0.05 / runs)
-    for run in range(20):  # and these are the intervals that are reported
-        result = paired(rows[run, 0].tolist(), rows[run, 1].tolist())
-        ends = (d[run].mean() - reach[run], d[run].mean() + reach[run])
-        assert (result.low, result.high) == pytest.approx(ends, abs=1e-12)
+    for n in (3, 5, 10):
+        rng, runs = np.random.default_rng(n), 10_000
+        rows = 0.7 + rng.normal(0, 0.05, (runs, 1, n)) + rng.normal(0, 0.01, (runs, 2, n)) + [[0.02], [0.0]]
+        d = rows[:, 0] - rows[:, 1]
+        reach = stats.t.ppf(0.975, n - 1) * d.std(1, ddof=1) / math.sqrt(n)
+        share = np.mean(abs(d.mean(1) - 0.02) <= reach)
+        assert abs(share - 0.95) < 3 * math.sqrt(0.95 * 0.05 / runs)
+        for run in range(20):  # and these are the intervals that are reported
+            result = paired(rows[run, 0].tolist(), rows[run, 1].tolist())
+            ends = (d[run].mean() - reach[run], d[run].mean() + reach[run])
+            assert (result.low, result.high) == pytest.approx(ends, abs=1e-12)
 
 
 def test_holm_keeps_false_verdicts_of_a_table_at_5_percent() -> None:
@@ -103,15 +103,15 @@ def test_holm_keeps_false_verdicts_of_a_table_at_5_percent() -> None:
     assert false / tables < 0.05 + 3 * math.sqrt(0.05 * 0.95 / tables)
 
 
-@pytest.mark.parametrize("n", range(1, 8))
-def test_what_is_said_depends_on_the_number_of_pairs(n: int) -> None:
-    base = {seed: 0.5 + 0.01 * seed for seed in range(n)}
-    far = {seed: value + 0.2 + 0.001 * (seed % 2) for seed, value in base.items()}
-    result = compare_values({"base": base, "far": far}, reference="base")["far"]
-    assert result.pairs == result.n == n and not math.isnan(result.delta)
-    assert math.isnan(result.low) == math.isnan(result.p) == math.isnan(result.p_holm) == (n < 3)
-    assert math.isnan(result.p_sign_flip) == (n < 6)
-    assert result.verdict == ("better" if n >= 5 else "n too small")
+def test_what_is_said_depends_on_the_number_of_pairs() -> None:
+    for n in range(1, 8):
+        base = {seed: 0.5 + 0.01 * seed for seed in range(n)}
+        far = {seed: value + 0.2 + 0.001 * (seed % 2) for seed, value in base.items()}
+        result = compare_values({"base": base, "far": far}, reference="base")["far"]
+        assert result.pairs == result.n == n and not math.isnan(result.delta)
+        assert math.isnan(result.low) == math.isnan(result.p) == math.isnan(result.p_holm) == (n < 3)
+        assert math.isnan(result.p_sign_flip) == (n < 6)
+        assert result.verdict == ("better" if n >= 5 else "n too small"), n
 
 
 def test_verdict_knows_the_direction_of_the_metric() -> None:
@@ -129,13 +129,13 @@ def test_verdict_knows_the_direction_of_the_metric() -> None:
     assert neutral.verdict == "differs" and neutral.significant
 
 
-@pytest.mark.parametrize(("shift", "n", "p"), [(0.02, 5, 2 / 32), (0.02, 7, 2 / 128), (0.0, 5, 1.0)])
-def test_equal_differences_give_the_sign_flip_p_and_a_point(shift: float, n: int, p: float) -> None:
+def test_equal_differences_give_the_sign_flip_p_and_a_point() -> None:
     """0.1 + 0.02 - 0.1 is not exactly 0.02, so a t test on rounding noise would claim p = 1e-60."""
-    base = [0.1 * (seed + 1) for seed in range(n)]
-    result = paired([value + shift for value in base], base)
-    assert result.low == result.high == result.delta == pytest.approx(shift)
-    assert result.p == pytest.approx(p)
+    for shift, n, p in ((0.02, 5, 2 / 32), (0.02, 7, 2 / 128), (0.0, 5, 1.0)):
+        base = [0.1 * (seed + 1) for seed in range(n)]
+        result = paired([value + shift for value in base], base)
+        assert result.low == result.high == result.delta == pytest.approx(shift)
+        assert result.p == pytest.approx(p)
 
 
 def test_missing_and_nonfinite_seeds_are_left_out_and_named() -> None:
@@ -178,6 +178,7 @@ def test_a_seed_that_stands_twice_in_the_frame_is_refused(frame_of: Frames) -> N
         compare(frame.loc[[0, 0]], "test/top1", reference="base")
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=8), st.randoms())
 def test_mean_and_deviation_are_numpys_and_ignore_order(values: list[float], random: object) -> None:
     assert mean(values) == pytest.approx(np.mean(values), abs=1e-6)

@@ -91,9 +91,10 @@ class Study:
         )  # fmt: skip
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    made = Study(tmp_path)
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Trials of every kind; for tests that only read."""
+    made = Study(tmp_path_factory.mktemp("study"))
     made.add(1e-3, "first", steps=(0.3, 0.5, 0.7))
     for lr, scale in itertools.product((2e-4, 5e-4, 2e-3, 6e-3), ("first", "none")):
         made.add(lr, scale, steps=(0.2, 0.4, 0.5))
@@ -164,10 +165,16 @@ def test_the_report_says_what_there_is_and_not_more(study: Study) -> None:
     assert "Values are of the validation split" in text and "test" not in text.lower()
 
 
-def test_trials_of_several_code_versions_are_told(study: Study) -> None:
+def test_trials_of_several_code_versions_and_a_running_one_are_told(study: Study, tmp_path: Path) -> None:
     assert "several code versions" not in to_markdown(load_sweep(study.url, STUDY))
-    study.add(3e-3, "first", version="v2")
-    assert "Code v1, v2" in (text := to_markdown(load_sweep(study.url, STUDY))) and "several code versions" in text
+    assert tracked(load_sweep(study.url, STUDY))["finished"]
+    other = Study(tmp_path)
+    other.add(2e-3, "first")
+    other.add(3e-3, "first", version="v2")
+    assert "Code v1, v2" in (text := to_markdown(load_sweep(other.url, STUDY))) and "several code versions" in text
+    assert tracked(load_sweep(other.url, STUDY))["finished"]
+    other.add(2e-3, "first", "RUNNING")
+    assert not tracked(load_sweep(other.url, STUDY))["finished"]
 
 
 def test_the_command_of_a_trial_is_its_configuration(study: Study) -> None:
@@ -190,14 +197,10 @@ def test_the_tracker_gets_value_and_best_so_far(study: Study) -> None:
     assert set(values) == set(range(9))
     best = list(itertools.accumulate(values.values(), max))
     assert list(told["points"]["sweep/best/val/top1"].values()) == best
-    assert (
-        told["finished"] and told["params"]["sampler.name"] == "tpe" and told["params"][SCALE] == "choice(first, none)"
-    )
-    study.add(2e-3, "first", "RUNNING")
-    assert not tracked(load_sweep(study.url, STUDY))["finished"]
+    assert told["params"]["sampler.name"] == "tpe" and told["params"][SCALE] == "choice(first, none)"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_files_are_written_twice_alike(study: Study, tmp_path: Path) -> None:
     paths = write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "one")
     again = write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "two")
@@ -219,7 +222,7 @@ def test_files_are_written_twice_alike(study: Study, tmp_path: Path) -> None:
     assert [f"![{p.stem}]({p.name})" in paths[0].read_text() for p in paths if p.suffix == ".png"] == [True] * 4
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_front_and_seeds_in_order_are_drawn_too(tmp_path: Path) -> None:
     study = Study(
         tmp_path,
@@ -270,15 +273,12 @@ def test_what_is_not_there_is_one_sentence(study: Study, tmp_path: Path) -> None
         write_sweep_report(load_sweep(study.url, STUDY), tmp_path / "text" / "reports")
 
 
-@pytest.mark.parametrize(
-    ("keys", "short"),
-    [
+def test_headings_are_the_shortest_that_differ() -> None:
+    for keys, short in (
         (["recipe.lr", "weighting.scale"], ["lr", "scale"]),
         (["weighting.weights.rsd", "losses.rsd.kappa"], ["rsd", "kappa"]),
         (["a.x", "b.x"], ["a.x", "b.x"]),
         (["a.b.x", "c.b.x", "x"], ["a.b.x", "c.b.x", "x"]),
         (["selector"], ["selector"]),
-    ],
-)
-def test_headings_are_the_shortest_that_differ(keys: list[str], short: list[str]) -> None:
-    assert short_names(keys) == short
+    ):
+        assert short_names(keys) == short

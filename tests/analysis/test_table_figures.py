@@ -194,7 +194,7 @@ def test_several_metrics_are_panels_of_one_figure(frame_of: Frames) -> None:
             assert not overlaps([axis.get_tightbbox() for axis in figure.axes])
 
 
-@pytest.mark.parametrize("count", [3, 4, 7])
+@pytest.mark.parametrize("count", [4, *(pytest.param(n, marks=pytest.mark.full) for n in (3, 7))])
 def test_many_metrics_leave_each_its_room(frame_of: Frames, count: int) -> None:
     values = values_of(4, 5)
     names = ("test/top1", "probe/attention_distance", "probe/attention_kl", "probe/relation_cosine", "probe/cka",

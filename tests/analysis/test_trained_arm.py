@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from basd.tracking.mirror import Mirror
 from basd.training.cohort import train_cohort
 
 
-def test_histories_of_a_trained_arm(tiny_arm: Callable[..., FrozenArm], tmp_path: Path) -> None:
+def test_histories_of_a_trained_arm(tiny_arm: Callable[..., FrozenArm], store: Path, tmp_path: Path) -> None:
     arm = tiny_arm("warmup=none", "recipe.duration=2 epochs")
-    directory, uri = tmp_path / "runs" / arm.arm_key, f"sqlite:///{tmp_path}/mlflow.db"
+    directory, uri = tmp_path / "runs" / arm.arm_key, f"sqlite:///{shutil.copy(store, tmp_path / 'mlflow.db')}"
     write_json(directory / "arm.json", arm.to_dict())
     journal, calls = Journal(directory), iter(range(100))
     # stopped in the second epoch and gone on with

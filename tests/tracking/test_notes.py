@@ -25,6 +25,7 @@ from basd.config import FrozenArm
 from basd.grid.audit_records import Tracked
 from basd.grid.finished import find_finished
 from basd.tracking import runs as readers
+from basd.tracking.datasets import datasets_of
 from basd.tracking.files import write_json
 from basd.tracking.journal import Journal
 from basd.tracking.mirror import Mirror
@@ -184,24 +185,17 @@ def test_arms_frozen_before_sizes_were_kept_are_mirrored(uri: str, tmp_path: Pat
     assert f"setting={SETTING}" in experiment.tags[NOTE]
 
 
-@pytest.mark.parametrize(
-    ("data", "name", "kind", "source"),
-    [
+def test_sources_of_data() -> None:
+    for data, name, kind, source in (
         ({"name": "folder", "root": "/data/my birds"}, "my birds", "local", {"uri": "/data/my%20birds"}),
         ({"name": "cifar100", "root": "/data"}, "cifar100", "local", {"uri": "/data"}),
-        (
-            {"name": "timm", "dataset": "hfds/org/set", "root": None},
-            "hfds/org/set",
-            "hugging_face",
-            {"path": "org/set"},
-        ),
-    ],
-)
-def test_sources_of_data(data: dict[str, Any], name: str, kind: str, source: dict[str, str]) -> None:
-    from basd.tracking.datasets import datasets_of
-
-    for one in datasets_of({"config": {"data": data}, "data_fingerprint": "d" * 16, "data_sizes": SIZES}):
-        assert (one.dataset.name, one.dataset.source_type, json.loads(one.dataset.source)) == (name, kind, source)
+        ({"name": "timm", "dataset": "hfds/org/set"}, "hfds/org/set", "hugging_face", {"path": "org/set"}),
+    ):
+        found = datasets_of({"config": {"data": data}, "data_fingerprint": "d" * 16, "data_sizes": SIZES})
+        assert found
+        for one in found:
+            said = (one.dataset.name, one.dataset.source_type, json.loads(one.dataset.source))
+            assert said == (name, kind, source)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -279,7 +273,7 @@ def test_readers_of_arms_pass_over_it(uri: str, tmp_path: Path) -> None:
     assert Store(uri, SETTING).parent("c" * 16, "basd", {}, {}, 0) == found(uri)[2].info.run_id
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_server_takes_all_of_it(server: str, tmp_path: Path) -> None:
     mirrored(server, arm(tmp_path), expected=1)
     _, experiment, parent, (run,) = found(server)

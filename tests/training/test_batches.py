@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +28,7 @@ DATA = DigitsConfig(mean=MEAN, std=STD, crop_scale=[0.4, 0.8], horizontal_flip=0
 PLAIN = {"num_ops": 0, "color_jitter": 0.0, "erasing": 0.0}
 MIXED = {"mixup": MixupConfig, "cutmix": CutmixConfig}
 STEPS = range(4)
+CASES = list(itertools.product(MIXED, STEPS))
 
 
 def config(mixing: Any, views: Any = None) -> Any:
@@ -115,8 +116,8 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def close(got: Any, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=2e-5)
+def close(got: Any, expected: np.ndarray, case: object = "") -> None:
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=2e-5, err_msg=str(case))
 
 
 def test_the_steps_here_cut_through_pixels_of_the_teacher() -> None:
@@ -125,48 +126,45 @@ def test_the_steps_here_cut_through_pixels_of_the_teacher() -> None:
     assert 0.0 in shares and 1.0 in shares and any(0.01 < share < 0.99 for share in shares)
 
 
-@pytest.mark.parametrize("kind", MIXED)
-@pytest.mark.parametrize("step", STEPS)
-def test_student_images_and_labels_are_mixed_alike(kind: str, step: int) -> None:
-    settings = config(MIXED[kind]())
-    images, targets, mix = batch_of(step).student_images(settings)
-    drawn = mix_of(settings.mixing, step)
-    assert mix == drawn
-    close(images, mixed(clean_crop(step, STUDENT, MEAN, STD), drawn))
-    labels = source().labels[INDICES].tolist()
-    expected = np.full((BATCH, 5), 0.1 / 5)
-    for b in range(BATCH):
-        expected[b, labels[b]] += 0.9 * drawn.lam
-        expected[b, labels[BATCH - 1 - b]] += 0.9 * (1 - drawn.lam)
-    close(targets, expected)
+def test_student_images_and_labels_are_mixed_alike() -> None:
+    for kind, step in CASES:
+        settings = config(MIXED[kind]())
+        images, targets, mix = batch_of(step).student_images(settings)
+        drawn = mix_of(settings.mixing, step)
+        assert mix == drawn, (kind, step)
+        close(images, mixed(clean_crop(step, STUDENT, MEAN, STD), drawn), (kind, step))
+        labels = source().labels[INDICES].tolist()
+        expected = np.full((BATCH, 5), 0.1 / 5)
+        for b in range(BATCH):
+            expected[b, labels[b]] += 0.9 * drawn.lam
+            expected[b, labels[BATCH - 1 - b]] += 0.9 * (1 - drawn.lam)
+        close(targets, expected, (kind, step))
 
 
-@pytest.mark.parametrize("kind", MIXED)
-@pytest.mark.parametrize("step", STEPS)
-def test_the_real_view_is_clean_and_mixed_like_the_student_s(kind: str, step: int) -> None:
-    settings = config(MIXED[kind](), DualViewsConfig(geometry="independent"))
-    batch = batch_of(step)
-    seen = batch.student_images(settings)[0]
-    close(batch.real_images(settings), mixed(clean_crop(step, STUDENT, MEAN, STD), mix_of(settings.mixing, step)))
-    assert (seen - batch.real_images(settings)).abs().max() > 0.1
+def test_the_real_view_is_clean_and_mixed_like_the_student_s() -> None:
+    for kind, step in CASES:
+        settings = config(MIXED[kind](), DualViewsConfig(geometry="independent"))
+        batch = batch_of(step)
+        seen, real = batch.student_images(settings)[0], batch.real_images(settings)
+        close(real, mixed(clean_crop(step, STUDENT, MEAN, STD), mix_of(settings.mixing, step)), (kind, step))
+        assert (seen - real).abs().max() > 0.1, (kind, step)
 
 
-@pytest.mark.parametrize("kind", MIXED)
-@pytest.mark.parametrize("step", STEPS)
-def test_the_teacher_s_views(kind: str, step: int) -> None:
+def test_the_teacher_s_views() -> None:
     """clean: unmixed whatever the student's batch; mixed: the box in the teacher's pixels; virtual: the student's own."""
-    settings = config(MIXED[kind](), DualViewsConfig())
-    batch = batch_of(step)
-    views = teacher_views(batch)
-    clean = clean_crop(step, TEACHER, TEACHER_MEAN, TEACHER_STD)
-    student = batch.student_images(settings)[0]
-    close(views.clean(), clean)
-    close(views.mixed(settings), mixed(clean, mix_of(settings.mixing, step)))
-    seen = resized(student.double().numpy(), TEACHER)
-    expected = [(seen[:, c] * STD[c] + MEAN[c] - TEACHER_MEAN[c]) / TEACHER_STD[c] for c in range(3)]
-    close(views.virtual(settings), np.stack(expected, axis=1))
-    again = views.clean(), views.mixed(settings), views.virtual(settings)
-    assert views.teacher.count == 3 and len(again) == 3  # type: ignore[attr-defined]
+    for kind, step in CASES:
+        settings = config(MIXED[kind](), DualViewsConfig())
+        batch = batch_of(step)
+        views = teacher_views(batch)
+        clean = clean_crop(step, TEACHER, TEACHER_MEAN, TEACHER_STD)
+        student = batch.student_images(settings)[0]
+        close(views.clean(), clean, (kind, step))
+        close(views.mixed(settings), mixed(clean, mix_of(settings.mixing, step)), (kind, step))
+        seen = resized(student.double().numpy(), TEACHER)
+        expected = [(seen[:, c] * STD[c] + MEAN[c] - TEACHER_MEAN[c]) / TEACHER_STD[c] for c in range(3)]
+        close(views.virtual(settings), np.stack(expected, axis=1), (kind, step))
+        again = views.clean(), views.mixed(settings), views.virtual(settings)
+        assert views.teacher.count == 3 and len(again) == 3, (kind, step)  # type: ignore[attr-defined]
 
 
 def test_without_a_mix_every_view_is_the_clean_crop() -> None:
@@ -219,25 +217,25 @@ def place(view: Tensor, mean: list[float], std: list[float]) -> np.ndarray:
     return edges
 
 
-@pytest.mark.parametrize("geometry", ["shared", "independent"])
-def test_crop_and_flip_are_shared_by_both_views_unless_asked_otherwise(geometry: str) -> None:
-    flips = []
-    for step in STEPS:
-        batch = batch_of(step, coordinates())
-        seen = teacher_views(batch).clean()
-        teacher = place(seen, TEACHER_MEAN, TEACHER_STD)  # type: ignore[arg-type]
-        settings = config(NoMixingConfig(), DualViewsConfig(geometry=geometry, **PLAIN))
-        student = place(batch.student_images(settings)[0], MEAN, STD)
-        boxes, flipped = batch.geometry()
-        flips += flipped.tolist()
-        for b, (y, x, h, w) in enumerate(boxes.tolist()):
-            sides = (x + w, x) if flipped[b] else (x, x + w)
-            np.testing.assert_allclose(teacher[b], [*sides, y, y + h], atol=0.1)
-        if geometry == "shared":
-            np.testing.assert_allclose(student, teacher, atol=0.1)
-        else:
-            assert (np.abs(student - teacher).max(axis=1) > 1).sum() >= BATCH - 1
-    assert {True, False} == set(flips)
+def test_crop_and_flip_are_shared_by_both_views_unless_asked_otherwise() -> None:
+    for geometry in ("shared", "independent"):
+        flips = []
+        for step in STEPS:
+            batch = batch_of(step, coordinates())
+            seen = teacher_views(batch).clean()
+            teacher = place(seen, TEACHER_MEAN, TEACHER_STD)  # type: ignore[arg-type]
+            settings = config(NoMixingConfig(), DualViewsConfig(geometry=geometry, **PLAIN))
+            student = place(batch.student_images(settings)[0], MEAN, STD)
+            boxes, flipped = batch.geometry()
+            flips += flipped.tolist()
+            for b, (y, x, h, w) in enumerate(boxes.tolist()):
+                sides = (x + w, x) if flipped[b] else (x, x + w)
+                np.testing.assert_allclose(teacher[b], [*sides, y, y + h], atol=0.1)
+            if geometry == "shared":
+                np.testing.assert_allclose(student, teacher, atol=0.1)
+            else:
+                assert (np.abs(student - teacher).max(axis=1) > 1).sum() >= BATCH - 1, step
+        assert {True, False} == set(flips)
 
 
 def test_the_geometry_of_a_step_depends_on_seed_epoch_and_step_only() -> None:

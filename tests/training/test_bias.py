@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny import MemoryRecorder, same_bits, state_of
-from torch import Tensor
+from watching import TEACHER, forwards
 
 from basd.config import FrozenArm, from_dict
 from basd.data import load
 from basd.data.images import ImageSet, Splits
 from basd.grid.ablations import PROBES
-from basd.models.teacher import teacher_shape
-from basd.training import bias
+from basd.models.teacher import Teacher
 from basd.training.arm import TrainingArm
 from basd.training.bias import BATCH, IMAGES, BiasProbes, Reader
 from basd.training.cohort import train_cohort
+from basd.training.teachers import prepare_teacher
 
 MakeArm = Callable[..., FrozenArm]
 SHORT = ("recipe.duration=2 steps", "runtime.probes=true")
@@ -38,6 +38,17 @@ def ends(arms: list[FrozenArm], folder: Path) -> list[dict[str, float]]:
     return [recorder.results[-1][1] for recorder in recorders]
 
 
+def test_a_machine_that_lacks_the_teacher_fits_it(
+    few_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm without a teacher is planned on one machine and described on another, whose cache is empty."""
+    arm = few_arm(*SHORT, "method=ce")
+    (here,) = ends([arm], tmp_path / "here")
+    monkeypatch.setenv("BASD_CACHE", str(tmp_path / "cache"))
+    (there,) = ends([arm], tmp_path / "there")
+    assert there == here and probes_of(there).keys() >= COMPARED
+
+
 def probes_of(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name.startswith("probe/")}
 
@@ -52,8 +63,8 @@ def described(arm: TrainingArm, probes: BiasProbes, splits: Splits) -> dict[str,
     return probes(arm, arm.answer(splits.test, "test"), arm.answer(splits.validation, "val"))
 
 
-def test_probes_off_change_nothing_else(tiny_arm: MakeArm, tmp_path: Path) -> None:
-    arms = [tiny_arm(*SHORT), tiny_arm(*SHORT, "runtime.probes=false")]
+def test_probes_off_change_nothing_else(few_arm: MakeArm, tmp_path: Path) -> None:
+    arms = [few_arm(*SHORT), few_arm(*SHORT, "runtime.probes=false")]
     assert arms[0].arm_key == arms[1].arm_key and arms[0].cohort_key == arms[1].cohort_key
     on, off = (ends([arm], tmp_path / str(number))[0] for number, arm in enumerate(arms))
     assert on.keys() - off.keys() == set(PROBES) and probes_of(off) == {}
@@ -62,25 +73,15 @@ def test_probes_off_change_nothing_else(tiny_arm: MakeArm, tmp_path: Path) -> No
     assert same_bits(first, second)
 
 
-def test_the_teacher_is_looked_at_once_a_cohort_and_grid(
-    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[int, int]] = []
-    real = Reader.__call__
-
-    def call(self: Reader, images: Tensor, blocks: Any, grid: tuple[int, int]) -> Any:
-        seen.append((len(self.model.blocks), grid[0]))
-        return real(self, images, blocks, grid)
-
-    monkeypatch.setattr(Reader, "__call__", call)
-    small = ("losses.rel.num_pairs=1", "student.patch_size=10")
-    arms = [tiny_arm(*SHORT, *other) for other in ((), ("method=ce",), ("selector=uniform",), small)]
-    ends(arms, tmp_path)
-    batches = math.ceil(450 / BATCH)
-    # the teacher has 2 blocks, the students have 3
-    assert {one: seen.count(one) for one in seen} == {
-        (2, 5): batches, (3, 5): 3 * batches, (2, 2): batches, (3, 2): batches,
-    }  # fmt: skip
+def test_the_teacher_is_looked_at_once_a_cohort_and_grid(few_arm: MakeArm, tmp_path: Path) -> None:
+    seen: list[int] = []
+    coarse = ("losses.rel.num_pairs=1", "student.patch_size=10")
+    arms = [few_arm(*SHORT, *other) for other in (("student.points=1",), ("method=ce",), coarse)]
+    with forwards(lambda width, images: seen.append(images) if width == TEACHER else None):
+        found = ends(arms, tmp_path)
+    # two steps of 40 images, and the 48 of the test split once for each of two grids
+    assert seen == [40] * 2 + [48] * 2
+    assert len({values["probe/attention_distance_teacher"] for values in found}) == 1
 
 
 def test_a_student_that_is_its_teacher_agrees_with_it(tiny_arm: MakeArm) -> None:
@@ -105,8 +106,8 @@ def test_an_untrained_student_attends_everywhere_and_agrees_with_nobody(tiny_arm
     assert 0 <= values["probe/shift_consistency"] <= 1
 
 
-def test_a_distillation_token_is_no_place(tiny_arm: MakeArm, tmp_path: Path) -> None:
-    (values,) = ends([tiny_arm("method=deit_hard", "student.distillation_token=true", *SHORT)], tmp_path)
+def test_a_distillation_token_is_no_place(few_arm: MakeArm, tmp_path: Path) -> None:
+    (values,) = ends([few_arm("method=deit_hard", "student.distillation_token=true", *SHORT)], tmp_path)
     assert set(PROBES) <= values.keys() and all(math.isfinite(values[name]) for name in PROBES)
 
 
@@ -139,32 +140,31 @@ def test_images_are_spread_over_the_split_and_batches_are_of_one_size(tiny_arm: 
         assert len(sizes) == probes.batches and max(sizes) <= BATCH and max(sizes) - min(sizes) <= len(sizes)
 
 
-def test_images_that_cannot_be_decoded_are_left_out(tiny_arm: MakeArm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_cannot_be_decoded_are_left_out(tiny_arm: MakeArm) -> None:
     frozen = tiny_arm("method=ce", *SHORT)
     arm, splits = untrained(frozen)
-    real = bias.evaluation_batches
-
-    def broken(images: Any, size: int, *rest: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, (views, labels) in enumerate(real(images, size, *rest)):
-            lost = torch.arange(len(labels)) % 3 == 0 if number else torch.ones(len(labels), dtype=torch.bool)
-            # black, as they come
-            yield views * (~lost).view(-1, 1, 1, 1), labels.masked_fill(lost, -1)
-
-    whole = described(arm, BiasProbes(frozen, arm.config, splits, CPU), splits)
-    monkeypatch.setattr(bias, "evaluation_batches", broken)
-    values = described(arm, BiasProbes(frozen, arm.config, splits, CPU), splits)
+    teacher = Teacher(prepare_teacher(arm.config.teacher, arm.config.data, splits).model)
+    probes = BiasProbes(frozen, arm.config, splits, CPU, teacher)
+    whole = described(arm, probes, splits)
+    # the first batch and a third of the others; such images come black and without a label
+    lost = probes.chosen[
+        (torch.arange(len(probes.chosen)) % 3 == 0) | (torch.arange(len(probes.chosen)) < probes.batch)
+    ]
+    images, labels = splits.test.images.clone(), splits.test.labels.clone()
+    images[lost], labels[lost] = 0, -1
+    broken = splits._replace(test=replace(splits.test, images=images, labels=labels))
+    values = described(arm, BiasProbes(frozen, arm.config, broken, CPU, teacher), splits)
     assert values.keys() == whole.keys()
     for name, value in values.items():
-        assert value == pytest.approx(whole[name], abs=0.1) and value != 0
+        assert value == pytest.approx(whole[name], abs=0.1) and value != 0, name
 
 
-def test_a_deeper_student_shares_layers_of_its_teacher_whatever_its_points(tiny_arm: MakeArm) -> None:
-    frozen = tiny_arm("method=ce", *SHORT)
-    arm, splits = untrained(frozen)
-    probes = BiasProbes(frozen, arm.config, splits, CPU)
-    assert set(PROBES) == described(arm, probes, splits).keys()
-    other, _ = untrained(tiny_arm("method=ce", *SHORT, "student.points=1"))
-    described(other, probes, splits)
-    ((layers, grid),) = probes._kept
-    assert layers == (0, 0, 1) and grid == (5, 5)
-    assert probes.teacher is not None and teacher_shape(probes.teacher.model).depth == 2
+def test_a_student_deeper_than_its_teacher_is_compared_with_it(tiny_arm: MakeArm) -> None:
+    """Its layers are shared; which points the losses read changes nothing."""
+    arms = [tiny_arm("method=ce", *SHORT, points) for points in ("student.points=2", "student.points=1")]
+    found = []
+    for frozen in arms:
+        arm, splits = untrained(frozen)
+        assert len(arm.student.blocks) > arm.config.teacher.depth
+        found.append(described(arm, BiasProbes(frozen, arm.config, splits, CPU), splits))
+    assert found[0].keys() == set(PROBES) and found[0] == found[1]

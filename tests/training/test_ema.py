@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny import MemoryRecorder, same_bits, state_of
 from torch import Tensor
+from watching import trained_weights
 
 from basd.config import FrozenArm, from_dict
 from basd.models.student import build_student
+from basd.models.teacher import TeacherShape
 from basd.training.arm import TrainingArm
 from basd.training.cohort import train_cohort
 from basd.training.ema import WeightAverage
@@ -26,21 +28,6 @@ def train(arm: FrozenArm, folder: Path, recorder: MemoryRecorder | None = None, 
     return recorder, result
 
 
-@pytest.fixture
-def weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The student's weights after every step."""
-    kept: list[dict[str, Tensor]] = []
-    real = TrainingArm.train_step
-
-    def train_step(self, batch, teacher):
-        parts = real(self, batch, teacher)
-        kept.append({name: value.detach().clone() for name, value in self.student.state_dict().items()})
-        return parts
-
-    monkeypatch.setattr(TrainingArm, "train_step", train_step)
-    return kept
-
-
 def averaged(weights: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
     """d_t = min(decay, 1 − t^(−2/3)), t from 1, in float64."""
     average = {name: value.double() for name, value in weights[0].items()}
@@ -50,26 +37,33 @@ def averaged(weights: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor
     return average
 
 
-@pytest.mark.parametrize("decay", [0.7, 0.2])
-def test_the_average_is_exported(tiny_arm: MakeArm, weights, decay: float, tmp_path: Path) -> None:
-    train(tiny_arm(*ARM[:2], f"recipe.ema_decay={decay}"), tmp_path)
-    exported, expected = state_of(tmp_path), averaged(weights, decay)
-    assert exported.keys() == expected.keys()
-    for name, value in exported.items():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(exported["head.weight"], weights[-1]["head.weight"], rtol=1e-3)
+def test_the_average_is_exported_and_training_does_not_notice_it(few_arm: MakeArm, tmp_path: Path) -> None:
+    runs = []
+    for decay in (0.7, 0.2, 0):
+        with trained_weights() as weights:
+            train(few_arm(*ARM[:2], f"recipe.ema_decay={decay}"), tmp_path / str(decay))
+        runs.append(weights)
+        exported = state_of(tmp_path / str(decay))
+        if not decay:
+            assert same_bits(exported, weights[-1])
+            continue
+        expected = averaged(weights, decay)
+        assert exported.keys() == expected.keys()
+        for name, value in exported.items():
+            torch.testing.assert_close(
+                value.double(), expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert not torch.allclose(exported["head.weight"], weights[-1]["head.weight"], rtol=1e-3)
+    assert [len(weights) for weights in runs] == [10] * 3
+    for step in zip(*runs, strict=True):
+        assert same_bits(step[0], step[2]) and same_bits(step[1], step[2])
 
 
-def test_without_it_the_last_weights_are_exported(tiny_arm: MakeArm, weights, tmp_path: Path) -> None:
-    train(tiny_arm(*ARM[:2]), tmp_path)
-    assert same_bits(state_of(tmp_path), weights[-1])
-
-
-def test_the_average_is_what_is_evaluated(tiny_arm: MakeArm, tmp_path: Path) -> None:
+def test_the_average_is_what_is_evaluated(few_arm: MakeArm, tmp_path: Path) -> None:
     from basd.data import load
     from basd.data.views import eval_view, normalize
 
-    arm = tiny_arm(*ARM)
+    arm = few_arm(*ARM)
     _, result = train(arm, tmp_path)
     config = from_dict(arm.config)
     student = build_student(config.student, 10).eval()
@@ -81,16 +75,8 @@ def test_the_average_is_what_is_evaluated(tiny_arm: MakeArm, tmp_path: Path) -> 
     assert result.metrics["test/top1"] == pytest.approx(float(right), abs=1e-6)
 
 
-def test_training_itself_does_not_notice(tiny_arm: MakeArm, weights, tmp_path: Path) -> None:
-    train(tiny_arm(*ARM), tmp_path / "with")
-    half = len(weights)
-    train(tiny_arm(*ARM[:2]), tmp_path / "without")
-    assert half == len(weights) / 2
-    assert all(same_bits(a, b) for a, b in zip(weights[:half], weights[half:], strict=True))
-
-
-def test_stopped_and_started_again_is_bit_equal(tiny_arm: MakeArm, tmp_path: Path) -> None:
-    arm = tiny_arm(*ARM)
+def test_stopped_and_started_again_is_bit_equal(few_arm: MakeArm, tmp_path: Path) -> None:
+    arm = few_arm(*ARM)
     whole, _ = train(arm, tmp_path / "whole")
     calls = iter(range(100))
     recorder, stopped = train(arm, tmp_path / "cut", stop=lambda: next(calls) >= 4)
@@ -100,11 +86,9 @@ def test_stopped_and_started_again_is_bit_equal(tiny_arm: MakeArm, tmp_path: Pat
     assert same_bits(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
 
 
-def test_the_average_is_apart_from_the_student(tiny_arm: MakeArm) -> None:
+def test_the_average_is_apart_from_the_student(few_arm: MakeArm) -> None:
     """No hook of the taps, no gradient, no place in the optimizer."""
-    config = from_dict(tiny_arm("recipe.ema_decay=0.9").config)
-    from basd.models.teacher import TeacherShape
-
+    config = from_dict(few_arm("recipe.ema_decay=0.9").config)
     arm = TrainingArm(config, TeacherShape(2, 16, 2, (8, 8)), 10, 5, torch.device("cpu"))
     average = arm.exported
     assert average is not arm.student
@@ -115,13 +99,13 @@ def test_the_average_is_apart_from_the_student(tiny_arm: MakeArm) -> None:
     assert arm.held_bytes() > 0
 
 
-def test_off_is_the_arm_that_it_was(tiny_arm: MakeArm) -> None:
-    plain, off, on = tiny_arm("method=ce"), tiny_arm("method=ce", "recipe.ema_decay=0"), tiny_arm(*ARM)
+def test_off_is_the_arm_that_it_was(few_arm: MakeArm) -> None:
+    plain, off, on = few_arm("method=ce"), few_arm("method=ce", "recipe.ema_decay=0"), few_arm(*ARM)
     assert plain.arm_key == off.arm_key != on.arm_key
 
 
-def test_first_step_replaces_the_random_start(tiny_arm: MakeArm) -> None:
-    config = from_dict(tiny_arm("method=ce").config)
+def test_first_step_replaces_the_random_start(few_arm: MakeArm) -> None:
+    config = from_dict(few_arm("method=ce").config)
     student = build_student(config.student, 10)
     average = WeightAverage(student, 0.999)
     with torch.no_grad():

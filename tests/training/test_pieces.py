@@ -82,17 +82,12 @@ def test_every_distillation_parameter_is_in_the_optimizer_and_none_in_the_studen
     assert not {id(p) for p in arm.objective.parameters()} & {id(p) for p in arm.student.parameters()}
 
 
-@pytest.mark.parametrize(
-    ("text", "steps"), [("20 epochs", 360), ("1 epoch", 18), ("7 steps", 7), ("10%", 100), ("2.5 epochs", 45)]
-)
-def test_durations(text: str, steps: int) -> None:
-    assert parse_duration(text, 18, 1000) == steps
-
-
-@pytest.mark.parametrize("text", ["20", "epochs", "-3 steps", "3 weeks", ""])
-def test_other_durations_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a length"):
-        parse_duration(text, 18, 1000)
+def test_durations() -> None:
+    told = {"20 epochs": 360, "1 epoch": 18, "7 steps": 7, "10%": 100, "2.5 epochs": 45}
+    assert {text: parse_duration(text, 18, 1000) for text in told} == told
+    for text in ("20", "epochs", "-3 steps", "3 weeks", ""):
+        with pytest.raises(ValueError, match="is not a length"):
+            parse_duration(text, 18, 1000)
 
 
 def test_learning_rate_rises_linearly_then_falls_as_a_cosine() -> None:

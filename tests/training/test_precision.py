@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,20 +16,22 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from tiny import MemoryRecorder, same_bits, state_of
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from watching import student_steps
 
 from basd.compose import compose
 from basd.config import FrozenArm, from_dict
 from basd.models.student import TappedStudent
 from basd.models.teacher import Teacher, TeacherOutput
-from basd.training import arm as arm_module
+from basd.objective import Objective
 from basd.training import precision
-from basd.training.arm import TrainingArm
 from basd.training.cohort import train_cohort
 from basd.training.precision import choose_precision, compiler, make_scaler
 
 MakeArm = Callable[..., FrozenArm]
 CPU = torch.device("cpu")
 STEPS = "recipe.duration=4 steps"
+SHORT = "recipe.duration=2 steps"
 
 
 def train(arm: FrozenArm, folder: Path, **callbacks) -> tuple[MemoryRecorder, list]:
@@ -39,58 +43,51 @@ def first_losses(recorder: MemoryRecorder) -> dict[str, float]:
     return {name: value for name, value in recorder.results[0][1].items() if name.startswith(("loss/", "train/ce"))}
 
 
-@pytest.mark.parametrize(
-    ("wanted", "device", "has", "chosen"),
-    [
+def test_auto_is_bf16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    for wanted, device, has, chosen in (
         ("auto", "cpu", True, "fp32"),
         ("auto", "cuda", True, "bf16"),
         ("auto", "cuda", False, "fp32"),
         ("fp16", "cuda", True, "fp16"),
         ("bf16", "cpu", False, "bf16"),
         ("fp32", "cuda", True, "fp32"),
-    ],
-)
-def test_auto_is_bf16_where_the_device_has_it(
-    wanted: str, device: str, has: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
-    assert choose_precision(wanted, torch.device(device)) == chosen
+    ):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert choose_precision(wanted, torch.device(device)) == chosen, (wanted, device, has)
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_arm: MakeArm, tmp_path_factory: pytest.TempPathFactory) -> MemoryRecorder:
-    recorder, _ = train(tiny_arm(STEPS, "warmup=none"), tmp_path_factory.mktemp("fp32"))
+def reference(few_arm: MakeArm, tmp_path_factory: pytest.TempPathFactory) -> MemoryRecorder:
+    recorder, _ = train(few_arm(STEPS, "warmup=none"), tmp_path_factory.mktemp("fp32"))
     return recorder
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 def test_half_precision_trains_close_to_float32(
-    half: str, tiny_arm: MakeArm, reference: MemoryRecorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    half: str, few_arm: MakeArm, reference: MemoryRecorder, tmp_path: Path
 ) -> None:
     outputs: list[TeacherOutput] = []
-    totals: list[Tensor] = []
-    call, objective = Teacher.__call__, arm_module.Objective.forward
+    scores: set[torch.dtype] = set()
+    totals: set[torch.dtype] = set()
 
-    def seen_teacher(self, images):
-        outputs.append(call(self, images))
-        return outputs[-1]
+    def seen(module: torch.nn.Module, inputs: tuple, output: Any) -> None:
+        if isinstance(module, Objective):
+            scores.add(inputs[0].scores.dtype)
+            outputs.append(inputs[1])
+            totals.add(output.total.dtype)
 
-    def seen_objective(self, student, *arguments):
-        assert student.scores.dtype == precision.HALF[half]
-        output = objective(self, student, *arguments)
-        totals.append(output.total.detach())
-        return output
-
-    monkeypatch.setattr(Teacher, "__call__", seen_teacher)
-    monkeypatch.setattr(arm_module.Objective, "forward", seen_objective)
-    arm = tiny_arm(STEPS, "warmup=none", f"runtime.precision={half}")
-    recorder, (result,) = train(arm, tmp_path)
+    arm = few_arm(STEPS, "warmup=none", f"runtime.precision={half}")
+    handle = register_module_forward_hook(seen)
+    try:
+        recorder, (result,) = train(arm, tmp_path)
+    finally:
+        handle.remove()
     assert result.status == "complete", result.reason
     assert {value.dtype for value in state_of(tmp_path).values()} == {torch.float32}
-    assert {total.dtype for total in totals} == {torch.float32}
+    assert scores == {precision.HALF[half]} and totals == {torch.float32}
     # the maps are kept in the teacher's precision, once a step
-    assert len(outputs) == 4
+    assert len({id(output) for output in outputs}) == 4
     assert {outputs[0].attention((5, 5)).dtype, outputs[0].tokens.dtype} == {precision.HALF[half], torch.float32}
     sums = outputs[0].attention((5, 5)).float().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=0.02)
@@ -99,25 +96,25 @@ def test_half_precision_trains_close_to_float32(
     assert got != expected, "nothing was computed in half precision"
 
 
-def test_precision_and_compile_are_no_part_of_the_arm(tiny_arm: MakeArm) -> None:
-    plain, half = tiny_arm(), tiny_arm("runtime.precision=bf16", "runtime.compile=on")
+def test_precision_and_compile_are_no_part_of_the_arm(few_arm: MakeArm) -> None:
+    plain, half = few_arm(), few_arm("runtime.precision=bf16", "runtime.compile=on")
     assert plain.arm_key == half.arm_key
     assert plain.cohort_key != half.cohort_key, "the teacher's forward differs"
-    assert plain.cohort_key == tiny_arm("runtime.precision=auto").cohort_key
+    assert plain.cohort_key == few_arm("runtime.precision=auto").cohort_key
 
 
 def test_another_precision_on_resume_is_said(
-    tiny_arm: MakeArm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    few_arm: MakeArm, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stops = iter([False, False, True])
-    arm = tiny_arm(STEPS, "method=ce", "runtime.precision=fp16")
+    arm = few_arm(STEPS, "method=ce", "runtime.precision=fp16")
     train(arm, tmp_path, stop=lambda: next(stops))
     with caplog.at_level(logging.WARNING):
-        _, (result,) = train(tiny_arm(STEPS, "method=ce"), tmp_path / "none")
+        _, (result,) = train(few_arm(STEPS, "method=ce"), tmp_path / "none")
         assert "goes on" not in caplog.text
         recorder = MemoryRecorder()
         recorder.events = [(0, {})] * 100
-        (result,) = train_cohort([tiny_arm(STEPS, "method=ce", "runtime.precision=bf16")], [tmp_path], [recorder])
+        (result,) = train_cohort([few_arm(STEPS, "method=ce", "runtime.precision=bf16")], [tmp_path], [recorder])
     assert result.status == "complete"
     assert "bf16" in caplog.text
     assert "fp16" in caplog.text
@@ -128,13 +125,9 @@ def test_another_precision_on_resume_is_said(
 
 @pytest.fixture
 def quick_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scale that overflows at first and changes with almost every step."""
-
-    def make(device: torch.device, half: torch.dtype | None) -> torch.amp.GradScaler | None:
-        assert half == torch.float16
-        return torch.amp.GradScaler(device.type, init_scale=2.0**24, growth_interval=2)
-
-    monkeypatch.setattr(arm_module, "make_scaler", make)
+    """torch's scaler with a scale that overflows at first and changes with almost every step."""
+    quick = partial(torch.amp.GradScaler, init_scale=2.0**24, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", quick)
 
 
 def test_only_float16_is_scaled() -> None:
@@ -143,39 +136,36 @@ def test_only_float16_is_scaled() -> None:
     assert isinstance(make_scaler(CPU, torch.float16), torch.amp.GradScaler)
 
 
-def test_a_step_that_the_scaler_leaves_out_is_no_failure(
-    tiny_arm: MakeArm, tmp_path: Path, quick_scale: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_the_scaler_leaves_out_is_no_failure(few_arm: MakeArm, tmp_path: Path, quick_scale: None) -> None:
     heads: list[Tensor] = []
-    real = TrainingArm.train_step
 
-    def train_step(self, batch, teacher):
-        parts = real(self, batch, teacher)
-        heads.append(self.student.head.weight.detach().clone())
-        return parts
+    def seen(student: VisionTransformer, _arm: int, _step: int) -> None:
+        heads.append(student.head.weight.detach().clone())
 
-    monkeypatch.setattr(TrainingArm, "train_step", train_step)
-    recorder, (result,) = train(
-        tiny_arm("recipe.duration=12 steps", "runtime.precision=fp16", "runtime.log_every=1"), tmp_path
-    )
+    with student_steps(seen):
+        recorder, (result,) = train(
+            few_arm("recipe.duration=12 steps", "runtime.precision=fp16", "runtime.log_every=1"), tmp_path
+        )
+    heads.append(state_of(tmp_path)["head.weight"])
     assert result.status == "complete", result.reason
     steps = [values for _, values in recorder.results if "train/loss_scale" in values]
     scales = [2.0**24, *(values["train/loss_scale"] for values in steps)]
     skipped = [after < before for before, after in itertools.pairwise(scales)]
     assert skipped[0]
     assert not all(skipped)
-    for step in range(1, len(heads)):
-        assert torch.equal(heads[step], heads[step - 1]) == skipped[step]
+    assert len(heads) == len(skipped) + 1
+    for step, left_out in enumerate(skipped):
+        assert torch.equal(heads[step + 1], heads[step]) == left_out, step
     assert all(("train/grad_norm" in values) != left_out for values, left_out in zip(steps, skipped, strict=True))
     assert all(math.isfinite(value) for values in steps for value in values.values())
 
 
-def test_float16_resumes_bit_for_bit_with_its_scale(tiny_arm: MakeArm, tmp_path: Path, quick_scale: None) -> None:
-    arm = tiny_arm("recipe.duration=12 steps", "runtime.precision=fp16", "runtime.log_every=1")
+def test_float16_resumes_bit_for_bit_with_its_scale(few_arm: MakeArm, tmp_path: Path, quick_scale: None) -> None:
+    arm = few_arm("recipe.duration=7 steps", "runtime.precision=fp16", "runtime.log_every=1")
     whole, _ = train(arm, tmp_path / "whole")
     recorder = MemoryRecorder()
     calls = iter(range(100))
-    train_cohort([arm], [tmp_path / "cut"], [recorder], stop=lambda: next(calls) >= 7)
+    train_cohort([arm], [tmp_path / "cut"], [recorder], stop=lambda: next(calls) >= 4)
     saved = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["arm"]["scaler"]
     assert saved["scale"] != 2.0**24, "the scale of the checkpoint is not the one it would start with"
     train_cohort([arm], [tmp_path / "cut"], [recorder])
@@ -184,18 +174,16 @@ def test_float16_resumes_bit_for_bit_with_its_scale(tiny_arm: MakeArm, tmp_path:
 
 
 def test_gradients_that_no_scale_makes_finite_fail_the_arm(
-    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = arm_module.build_student
+    def broken(student: VisionTransformer, _arm: int, step: int) -> None:
+        if step == 0:
+            student.head.weight.register_hook(lambda gradient: gradient * math.inf)
 
-    def broken(config, classes):
-        student = build(config, classes)
-        student.head.weight.register_hook(lambda gradient: gradient * math.inf)
-        return student
-
-    monkeypatch.setattr(arm_module, "build_student", broken)
-    monkeypatch.setattr(arm_module, "LEAST_LOSS_SCALE", 2.0**14)
-    _, (result,) = train(tiny_arm("method=ce", "runtime.precision=fp16"), tmp_path)
+    # a few steps above the least scale
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**-21))
+    with student_steps(broken):
+        _, (result,) = train(few_arm("method=ce", "runtime.precision=fp16"), tmp_path)
     assert result.status == "failed"
     assert "not finite at any loss scale; choose runtime.precision=bf16" in result.reason
 
@@ -222,62 +210,61 @@ def counting(graphs: list[int]) -> Callable:
 
 
 @pytest.fixture
-def fresh_compiler():
-    """Nothing compiled before or after, nothing said before."""
-    precision._said.clear()
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before or after."""
     torch._dynamo.reset()
     yield
-    precision._said.clear()
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.full
 def test_tapped_forward_passes_are_one_graph_and_bit_equal(
-    name: str, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, fresh_compiler: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     graphs: list[int] = []
     monkeypatch.setattr(precision, "BACKEND", counting(graphs))
-    wrap = compiler("on", CPU)
-    torch.manual_seed(0)
-    model, images = MODELS[name]().train(), torch.randn(4, 3, 12, 12)
-    outputs = []
-    for student in (TappedStudent(model, (0, 1), True), TappedStudent(model, (0, 1), True, wrap)):
-        torch.manual_seed(1)
-        out = student(images)
-        outputs.append([out.logits, out.tokens, out.scores, out.cls, out.features])
-    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
-    assert len(graphs) == 1
-    frozen = MODELS[name]()
-    seen = [Teacher(frozen)(images), Teacher(frozen, wrap=wrap)(images)]
-    for read in (lambda o: o.tokens, lambda o: o.cls, lambda o: o.attention((2, 2)), lambda o: o.features):
-        assert torch.equal(read(seen[0]), read(seen[1]))
-    assert len(graphs) == 2
+    for name in MODELS:
+        graphs.clear()
+        wrap = compiler("on", CPU)
+        torch.manual_seed(0)
+        model, images = MODELS[name]().train(), torch.randn(4, 3, 12, 12)
+        outputs = []
+        for student in (TappedStudent(model, (0, 1), True), TappedStudent(model, (0, 1), True, wrap)):
+            torch.manual_seed(1)
+            out = student(images)
+            outputs.append([out.logits, out.tokens, out.scores, out.cls, out.features])
+        assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True)), name
+        assert len(graphs) == 1, name
+        frozen = MODELS[name]()
+        seen = [Teacher(frozen)(images), Teacher(frozen, wrap=wrap)(images)]
+        for read in (lambda o: o.tokens, lambda o: o.cls, lambda o: o.attention((2, 2)), lambda o: o.features):
+            assert torch.equal(read(seen[0]), read(seen[1])), name
+        assert len(graphs) == 2, name
     said = [record for record in caplog.records if record.name.startswith("basd")]
     assert not said, "a graph break would have been said"
 
 
 def test_arms_of_a_cohort_share_their_graph(
-    tiny_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
+    few_arm: MakeArm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 ) -> None:
     graphs: list[int] = []
     monkeypatch.setattr(precision, "BACKEND", counting(graphs))
-    rows = [(), ("selector=uniform",), ("weighting=equal",)]
-    arms = [tiny_arm(*row, STEPS, "runtime.compile=on") for row in rows]
+    rows = [("warmup=none",), ("selector=uniform",)]
+    arms = [few_arm(*row, SHORT, "runtime.compile=on") for row in rows]
     recorders = [MemoryRecorder() for _ in arms]
     results = train_cohort(arms, [tmp_path / arm.arm_key for arm in arms], recorders)
     assert {result.status for result in results} == {"complete"}
     assert len(graphs) == 2, "one for the teacher, one for the students"
-    eager, _ = train(tiny_arm(STEPS), tmp_path / "eager")
+    eager, _ = train(few_arm(*rows[0], SHORT), tmp_path / "eager")
     assert eager.results == recorders[0].results
 
 
-@pytest.mark.parametrize(
-    ("half", "backend"), [("bf16", "aot_eager"), pytest.param("fp32", "inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("half", "backend"), [("bf16", "aot_eager"), ("fp32", "inductor")])
 def test_compiled_steps_are_close_to_eager_ones(
     backend: str,
     half: str,
-    tiny_arm: MakeArm,
+    few_arm: MakeArm,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fresh_compiler: None,
@@ -285,8 +272,8 @@ def test_compiled_steps_are_close_to_eager_ones(
 ) -> None:
     monkeypatch.setattr(precision, "BACKEND", backend)
     arm = (STEPS, "warmup=none", "student.drop_path=0.0", f"runtime.precision={half}", "runtime.log_every=1")
-    eager, _ = train(tiny_arm(*arm), tmp_path / "eager")
-    compiled, (result,) = train(tiny_arm(*arm, "runtime.compile=on"), tmp_path / "compiled")
+    eager, _ = train(few_arm(*arm), tmp_path / "eager")
+    compiled, (result,) = train(few_arm(*arm, "runtime.compile=on"), tmp_path / "compiled")
     assert result.status == "complete", result.reason
     assert "torch.compile does not work" not in caplog.text
     close = {"rel": 1e-3, "abs": 1e-5} if half == "fp32" else {"rel": 0.05, "abs": 0.02}
@@ -296,27 +283,30 @@ def test_compiled_steps_are_close_to_eager_ones(
 
 
 def test_what_cannot_be_compiled_goes_on_without_and_says_so_once(
-    tiny_arm: MakeArm,
+    few_arm: MakeArm,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fresh_compiler: None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # a sentence is said once a process
+    unheard = f"no compiler in {tmp_path}"
+
     def backend(graph, inputs):
-        raise OSError("no compiler here\nand much more")
+        raise OSError(f"{unheard}\nand much more")
 
     monkeypatch.setattr(precision, "BACKEND", backend)
-    arms = [tiny_arm(*row, STEPS, "runtime.compile=on") for row in ((), ("selector=uniform",))]
+    arms = [few_arm(*row, SHORT, "runtime.compile=on") for row in ((), ("selector=uniform",))]
     recorders = [MemoryRecorder() for _ in arms]
     with caplog.at_level(logging.WARNING):
         results = train_cohort(arms, [tmp_path / arm.arm_key for arm in arms], recorders)
     assert {result.status for result in results} == {"complete"}
     said = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
     assert len(said) == 1
-    assert "no compiler here" in said[0]
+    assert unheard in said[0]
     assert "runtime.compile=off" in said[0]
     assert "\n" not in said[0]
-    eager, _ = train(tiny_arm(STEPS), tmp_path / "eager")
+    eager, _ = train(few_arm(SHORT), tmp_path / "eager")
     assert eager.results == recorders[0].results
 
 

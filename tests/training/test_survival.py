@@ -45,9 +45,9 @@ for argument in sys.argv[1:]:
 MOMENTS = ((CURRENT, 1), (PREVIOUS, 1), (CURRENT, 2))
 
 
-@pytest.mark.slow
-def test_killed_between_a_checkpoints_write_and_its_rename(tiny_arm: Callable[..., FrozenArm], tmp_path: Path) -> None:
-    arm = tiny_arm("method=ce")
+@pytest.mark.full
+def test_killed_between_a_checkpoints_write_and_its_rename(few_arm: Callable[..., FrozenArm], tmp_path: Path) -> None:
+    arm = few_arm("method=ce")
     whole = MemoryRecorder()
     (tmp_path / "whole").mkdir()
     train_cohort([arm], [tmp_path / "whole"], [whole])

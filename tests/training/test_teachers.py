@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,6 @@ import numpy
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -27,22 +29,40 @@ from basd.models.teacher import DigitsViTConfig, Teacher, TimmTeacherConfig
 from basd.training import probes, teachers
 from basd.training import random_streams as streams
 from basd.training.probes import L2_STRENGTHS, logistic_regression
-from basd.training.teachers import PreparedTeacher, head_facts, prepare_head, prepare_teacher, weights_fingerprint
+from basd.training.teachers import (
+    HeadFacts,
+    PreparedTeacher,
+    head_facts,
+    prepare_head,
+    prepare_teacher,
+    weights_fingerprint,
+)
 
 CLASSES = 3
 CONFIG = TimmTeacherConfig(model="test_vit", image_size=32, weights="random")
 DATA = DigitsConfig()
-STRENGTHS = L2_STRENGTHS[:3]
+TINY_DIGITS = DigitsViTConfig(epochs=1, width=12, depth=1, heads=2, batch_size=400)
+DIGITS = DATASETS["digits"]()
 
 
-def labelled(seed: int, count: int) -> ImageSet:
+def labelled(seed: int, count: int, classes: int = CLASSES) -> ImageSet:
     """Noisy images whose brightness and top-bottom contrast say the class."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, CLASSES, (count,), generator=generator)
+    labels = torch.randint(0, classes, (count,), generator=generator)
     images = 100 + 40 * torch.randn(count, 3, 40, 32, generator=generator)
     images += 12 * (labels == 1).view(-1, 1, 1, 1)
     images[:, :, :20] += 15 * (labels == 2).view(-1, 1, 1, 1)
-    return ImageSet(images.clamp(0, 255).to(torch.uint8), labels, CLASSES)
+    return ImageSet(images.clamp(0, 255).to(torch.uint8), labels, classes)
+
+
+def labelled_digits(count: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 3, 40, 40), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 10, 10)
+
+
+def digits_splits() -> Splits:
+    return Splits(*(labelled_digits(count) for count in (400, 20, 20)))
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +78,36 @@ def prepared(splits: Splits) -> PreparedTeacher:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BASD_CACHE", str(tmp_path))
-    # the weak ones take longest, and are tested by themselves
-    for module in (probes, teachers):
-        monkeypatch.setattr(module, "L2_STRENGTHS", STRENGTHS)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def fitted_elsewhere(
+    prepared: PreparedTeacher, splits: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, HeadFacts, list[tuple[int, int]]]:
+    """A cache with the teacher's probe, the probe's facts, and the progress that its fit told."""
+    folder, steps = tmp_path_factory.mktemp("fitted"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASD_CACHE", str(folder))
+        facts = head_facts(prepared, CONFIG, DATA, splits, lambda *step: steps.append(step))
+    return folder, facts, steps
+
+
+@pytest.fixture
+def fitted(fitted_elsewhere: tuple[Path, HeadFacts, list], cache: Path) -> tuple[Path, HeadFacts]:
+    """The file of a probe in this test's cache, and its facts as they are when it is loaded."""
+    folder, facts, _ = fitted_elsewhere
+    shutil.copytree(folder / "probes", cache / "probes")
+    assert facts.fitted_now and facts.path is not None
+    path = cache / facts.path.relative_to(folder)
+    return path, dataclasses.replace(facts, path=path, fitted_now=False)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of one strength of L2 only; the weak ones take longest."""
+    for module in (probes, teachers):
+        monkeypatch.setattr(module, "L2_STRENGTHS", L2_STRENGTHS[:1])
 
 
 def relabelled(splits: Splits, part: str, labels: Any) -> Splits:
@@ -78,30 +124,23 @@ def test_fingerprints_without_a_head_are_those_of_the_bare_model(prepared: Prepa
 
 
 def test_own_head_of_the_digits_teacher(cache: Path) -> None:
-    config = DigitsViTConfig(epochs=1, width=12, depth=1, heads=2, batch_size=400)
-    data = DATASETS["digits"]()
-    splits = teachers_splits = Splits(*(labelled_digits(count) for count in (400, 20, 20)))
-    made = prepare_teacher(config, data, splits)
-    head = prepare_head(made, config, data, teachers_splits)
+    splits = digits_splits()
+    made = prepare_teacher(TINY_DIGITS, DIGITS, splits)
+    head = prepare_head(made, TINY_DIGITS, DIGITS, splits)
     x = torch.randn(4, 3, 40, 40)
     out = Teacher(made.model, head=head)(x)
     with torch.no_grad():
         assert torch.equal(out.logits, made.model(x))
-    facts = head_facts(made, config, data, splits)
+    facts = head_facts(made, TINY_DIGITS, DIGITS, splits)
     assert (facts.kind, facts.validation_top1, facts.test_top1) == ("own", made.validation_top1, made.test_top1)
     assert facts.fingerprint == weights_fingerprint(made.model.head) and facts.path is None
     assert facts.description.startswith("own head, validation top-1 ")
     assert not (cache / "probes").exists()
     # a teacher of a file has its head too
-    again = prepare_teacher(dataclasses.replace(config, weights=str(made.path)), data, splits)
-    assert torch.equal(prepare_head(again, config, data, splits)(out.features), out.logits)
-    assert "not measured" in head_facts(again, config, data, splits).description
-
-
-def labelled_digits(count: int) -> ImageSet:
-    generator = torch.Generator().manual_seed(count)
-    images = torch.randint(0, 256, (count, 3, 40, 40), generator=generator, dtype=torch.uint8)
-    return ImageSet(images, torch.arange(count) % 10, 10)
+    given = dataclasses.replace(TINY_DIGITS, weights=str(made.path))
+    again = prepare_teacher(given, DIGITS, splits)
+    assert torch.equal(prepare_head(again, given, DIGITS, splits)(out.features), out.logits)
+    assert "not measured" in head_facts(again, given, DIGITS, splits).description
 
 
 def test_own_head_is_frozen_and_apart_from_the_model(splits: Splits) -> None:
@@ -124,20 +163,23 @@ def test_own_head_of_other_classes_is_refused(splits: Splits) -> None:
 # -- the regression ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("l2", L2_STRENGTHS)
-def test_regression_is_the_unique_minimum(l2: float) -> None:
+def test_regression_is_the_unique_minimum() -> None:
     """Against scikit-learn, whose C weighs the sum of losses: C = 1/(n·l2)."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(60, 5, generator=generator, dtype=torch.float64)
     labels = ((features[:, 0] > 0).long() + (features[:, 1] + torch.randn(60, generator=generator) > 0.5)).long()
-    got = logistic_regression(features, labels, 3, l2)
-    reference = LogisticRegression(C=1 / (60 * l2), tol=1e-10, max_iter=10_000).fit(features.numpy(), labels.numpy())
-    expected = torch.from_numpy(reference.predict_proba(features.numpy()))
-    torch.testing.assert_close((features @ got.weight.T + got.bias).softmax(1), expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(got.weight, torch.from_numpy(reference.coef_), rtol=1e-2, atol=1e-3)
-    start = logistic_regression(features, labels, 3, 10 * l2)
-    warm = logistic_regression(features, labels, 3, l2, start)
-    torch.testing.assert_close(warm.weight, got.weight, rtol=1e-2, atol=1e-3)
+    for l2 in L2_STRENGTHS:
+        got = logistic_regression(features, labels, 3, l2)
+        reference = LogisticRegression(C=1 / (60 * l2), tol=1e-10, max_iter=10_000)
+        reference.fit(features.numpy(), labels.numpy())
+        expected = torch.from_numpy(reference.predict_proba(features.numpy()))
+        close = {"msg": lambda m, l2=l2: f"L2 {l2}: {m}"}
+        probabilities = (features @ got.weight.T + got.bias).softmax(1)
+        torch.testing.assert_close(probabilities, expected, rtol=1e-3, atol=1e-4, **close)
+        torch.testing.assert_close(got.weight, torch.from_numpy(reference.coef_), rtol=1e-2, atol=1e-3, **close)
+        start = logistic_regression(features, labels, 3, 10 * l2)
+        warm = logistic_regression(features, labels, 3, l2, start)
+        torch.testing.assert_close(warm.weight, got.weight, rtol=1e-2, atol=1e-3, **close)
 
 
 def test_separable_classes_and_a_class_without_images_stay_finite() -> None:
@@ -157,19 +199,22 @@ def features_of(prepared: PreparedTeacher, part: ImageSet) -> Tensor:
         return prepared.model.forward_features(x)[:, 0].double()
 
 
-def test_probe_is_the_best_regression_on_standardised_features(prepared: PreparedTeacher, splits: Splits) -> None:
+def test_probe_is_the_best_regression_on_standardised_features(
+    prepared: PreparedTeacher, splits: Splits, fitted: tuple[Path, HeadFacts]
+) -> None:
     head = prepare_head(prepared, CONFIG, DATA, splits)
     train, validation = features_of(prepared, splits.train).numpy(), features_of(prepared, splits.validation).numpy()
     mean, std = train.mean(0), train.std(0)
     losses, chosen = {}, {}
-    for l2 in STRENGTHS:
-        model = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, max_iter=20_000)
+    for l2 in L2_STRENGTHS:
+        model = LogisticRegression(C=1 / (len(train) * l2), tol=1e-8, solver="newton-cholesky")
         model.fit((train - mean) / std, splits.train.labels.numpy())
         probabilities = model.predict_proba((validation - mean) / std)
         losses[l2] = -numpy.log(probabilities[range(len(validation)), splits.validation.labels.numpy()]).mean()
         chosen[l2] = probabilities
     best = min(losses, key=lambda l2: losses[l2])
     facts = head_facts(prepared, CONFIG, DATA, splits)
+    assert facts == fitted[1]
     assert facts.l2 == best and facts.kind == "probe"
     got = head(torch.from_numpy(validation).float()).softmax(1)
     torch.testing.assert_close(got.double(), torch.from_numpy(chosen[best]), rtol=1e-3, atol=1e-3)
@@ -178,8 +223,10 @@ def test_probe_is_the_best_regression_on_standardised_features(prepared: Prepare
     assert len({round(value, 3) for value in losses.values()}) > 1
 
 
-def test_reported_accuracies_are_those_of_the_teachers_logits(prepared: PreparedTeacher, splits: Splits) -> None:
-    facts = head_facts(prepared, CONFIG, DATA, splits)
+def test_reported_accuracies_are_those_of_the_teachers_logits(
+    prepared: PreparedTeacher, splits: Splits, fitted: tuple[Path, HeadFacts]
+) -> None:
+    _, facts = fitted
     teacher = Teacher(prepared.model, head=prepare_head(prepared, CONFIG, DATA, splits))
     for part, said in ((splits.validation, facts.validation_top1), (splits.test, facts.test_top1)):
         x = normalize(eval_view(part.images, CONFIG.image_size), CONFIG.mean, CONFIG.std)
@@ -189,37 +236,60 @@ def test_reported_accuracies_are_those_of_the_teachers_logits(prepared: Prepared
 
 
 def test_probe_is_fitted_once_and_cached(
-    prepared: PreparedTeacher, splits: Splits, cache: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: PreparedTeacher, splits: Splits, fitted_elsewhere: tuple[Path, HeadFacts, list], fitted: Any
 ) -> None:
-    steps: list[tuple[int, int]] = []
-    before = torch.get_rng_state()
-    first = prepare_head(prepared, CONFIG, DATA, splits, lambda *step: steps.append(step))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not first.training and not any(p.requires_grad for p in first.parameters())
-    total = steps[-1][1]
+    path, facts = fitted
+    steps, total = fitted_elsewhere[2], fitted_elsewhere[2][-1][1]
     assert steps == [(i + 1, total) for i in range(total)]
-    monkeypatch.setattr(teachers, "fit_probe", lambda *_: pytest.fail("fitted again"))
-    again = prepare_head(prepared, CONFIG, DATA, splits)
-    facts = head_facts(prepared, CONFIG, DATA, splits)
-    assert not facts.fitted_now and facts.path is not None and facts.path.parent == cache / "probes"
-    assert {path.suffix for path in facts.path.parent.iterdir()} == {".safetensors", ".json", ".lock"}
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]) and torch.equal(value, load_file(facts.path)[name])
-    assert facts.fingerprint == weights_fingerprint(first)
+    again: list[tuple[int, int]] = []
+    head = prepare_head(prepared, CONFIG, DATA, splits, lambda *step: again.append(step))
+    assert again == [] and not head.training and not any(p.requires_grad for p in head.parameters())
+    assert head_facts(prepared, CONFIG, DATA, splits) == facts
+    assert {file.suffix for file in path.parent.iterdir()} == {".safetensors", ".json", ".lock"}
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, load_file(path)[name]), name
+    assert facts.fingerprint == weights_fingerprint(head)
 
 
-def test_a_probe_is_the_same_bits_again(
-    prepared: PreparedTeacher, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_probe_is_the_same_bits_again_and_leaves_everything_else_as_it_was(
+    prepared: PreparedTeacher, splits: Splits, fitted_elsewhere: tuple[Path, HeadFacts, list]
 ) -> None:
-    first = head_facts(prepared, CONFIG, DATA, splits)
-    monkeypatch.setenv("BASD_CACHE", str(tmp_path / "other"))
     torch.manual_seed(5)
+    before = torch.get_rng_state()
     again = head_facts(prepared, CONFIG, DATA, splits)
-    assert first.fitted_now and again.fitted_now
-    assert first.fingerprint == again.fingerprint and first.path != again.path
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.fitted_now and again.fingerprint == fitted_elsewhere[1].fingerprint
+    assert weights_fingerprint(prepared.model) == prepared.fingerprint
+    assert next(prepared.model.parameters()).device.type == "cpu" and not prepared.model.training
 
 
-def test_other_teachers_data_and_views_have_probes_of_their_own(prepared: PreparedTeacher, splits: Splits) -> None:
+def test_the_number_of_threads_changes_no_weight(
+    cache: Path, prepared: PreparedTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with more cores fits the same teacher and the same probe; at these sizes torch would split the sums."""
+    digits = digits_splits()
+    many = Splits(labelled(0, 300, 120), labelled(1, 40, 120), labelled(2, 20, 120))
+    # a weak one: differences of rounding grow over its many iterations
+    for module in (probes, teachers):
+        monkeypatch.setattr(module, "L2_STRENGTHS", L2_STRENGTHS[3:4])
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setenv("BASD_CACHE", str(cache / str(threads)))
+        torch.set_num_threads(threads)
+        try:
+            teacher = prepare_teacher(TINY_DIGITS, DIGITS, digits)
+            probe = head_facts(prepared, CONFIG, DATA, many)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+        assert teacher.fitted_now and probe.fitted_now
+        found.append((teacher.fingerprint, probe.fingerprint))
+    assert found[0] == found[1]
+
+
+def test_other_teachers_data_and_views_have_probes_of_their_own(
+    prepared: PreparedTeacher, splits: Splits, quick: None
+) -> None:
     larger = dataclasses.replace(CONFIG, image_size=48)
     brighter = dataclasses.replace(CONFIG, mean=[0.3, 0.3, 0.3])
     moved = relabelled(splits, "train", (splits.train.labels + 1) % CLASSES)
@@ -237,7 +307,7 @@ def test_other_teachers_data_and_views_have_probes_of_their_own(prepared: Prepar
     assert len({fact.fingerprint for fact in facts}) == len(facts) - 1
 
 
-def test_processes_that_ask_together_fit_one_probe(prepared: PreparedTeacher, splits: Splits) -> None:
+def test_processes_that_ask_together_fit_one_probe(prepared: PreparedTeacher, splits: Splits, quick: None) -> None:
     # each opens the lock's file for itself, as processes do
     with ThreadPoolExecutor(4) as pool:
         facts = list(pool.map(lambda _: head_facts(prepared, CONFIG, DATA, splits), range(4)))
@@ -245,41 +315,29 @@ def test_processes_that_ask_together_fit_one_probe(prepared: PreparedTeacher, sp
     assert len({fact.fingerprint for fact in facts}) == 1
 
 
-def test_the_model_comes_back_as_it_was(prepared: PreparedTeacher, splits: Splits) -> None:
-    before = weights_fingerprint(prepared.model)
-    prepare_head(prepared, CONFIG, DATA, splits)
-    assert weights_fingerprint(prepared.model) == before == prepared.fingerprint
-    assert next(prepared.model.parameters()).device.type == "cpu" and not prepared.model.training
-
-
-def test_features_that_do_not_vary_do_no_harm(
-    prepared: PreparedTeacher, splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = probes._features
-
-    def with_a_constant(*arguments: Any) -> tuple[Tensor, Tensor]:
-        features, labels = real(*arguments)
-        return F.pad(features[:, 1:], (1, 0), value=0.3), labels
-
-    plain = prepare_head(prepared, CONFIG, DATA, splits)
-    monkeypatch.setattr(probes, "_features", with_a_constant)
-    other = dataclasses.replace(prepared, fingerprint="1" * 16)
-    head: Any = prepare_head(other, CONFIG, DATA, splits)
+def test_features_that_do_not_vary_do_no_harm(splits: Splits, quick: None) -> None:
+    made = prepare_teacher(CONFIG, DATA, splits)
+    with torch.no_grad():
+        made.model.norm.weight[0], made.model.norm.bias[0] = 0.0, 0.3
+    assert features_of(made, splits.train)[:, 0].unique().tolist() == pytest.approx([0.3])
+    head: Any = prepare_head(dataclasses.replace(made, fingerprint="1" * 16), CONFIG, DATA, splits)
     assert head.weight.isfinite().all() and head.weight[:, 0].abs().max() < 1e-6
-    assert head.weight.shape == plain.state_dict()["weight"].shape
+    assert head.weight[:, 1:].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("part", ["train", "validation"])
-def test_data_without_labels_is_one_sentence(prepared: PreparedTeacher, splits: Splits, part: str) -> None:
-    holes = getattr(splits, part).labels.clone()
-    holes[3] = -1
-    for labels in (None, holes, holes[:0]):
-        with pytest.raises(UserError, match=f"needs labels, but the {part} split") as caught:
-            prepare_head(prepared, CONFIG, DATA, relabelled(splits, part, labels))
-        assert "\n" not in str(caught.value)
+def test_data_without_labels_is_one_sentence(prepared: PreparedTeacher, splits: Splits) -> None:
+    for part in ("train", "validation"):
+        holes = getattr(splits, part).labels.clone()
+        holes[3] = -1
+        for labels in (None, holes, holes[:0]):
+            with pytest.raises(UserError, match=f"needs labels, but the {part} split") as caught:
+                prepare_head(prepared, CONFIG, DATA, relabelled(splits, part, labels))
+            assert "\n" not in str(caught.value), part
 
 
-def test_a_test_split_without_labels_leaves_its_accuracy_open(prepared: PreparedTeacher, splits: Splits) -> None:
+def test_a_test_split_without_labels_leaves_its_accuracy_open(
+    prepared: PreparedTeacher, splits: Splits, quick: None
+) -> None:
     """The test split is there to be reported: neither the probe nor its choice reads it."""
     complete = head_facts(prepared, CONFIG, DATA, splits)
     hidden = relabelled(splits, "test", torch.full_like(splits.test.labels, -1))
@@ -290,17 +348,7 @@ def test_a_test_split_without_labels_leaves_its_accuracy_open(prepared: Prepared
     assert not facts.fitted_now and complete.test_top1 is not None
 
 
-@pytest.mark.parametrize(("suffix", "said"), [(".safetensors", "linear probe"), (".json", "is damaged; remove it")])
-def test_a_damaged_cache_is_one_sentence(prepared: PreparedTeacher, splits: Splits, suffix: str, said: str) -> None:
-    facts = head_facts(prepared, CONFIG, DATA, splits)
-    assert facts.path is not None
-    damaged = facts.path.with_suffix(suffix)
-    damaged.write_bytes(damaged.read_bytes()[:20])
-    with pytest.raises(UserError, match=said) as caught:
-        prepare_head(prepared, CONFIG, DATA, splits)
-    assert "\n" not in str(caught.value) and str(damaged) in str(caught.value)
-    damaged.unlink()
-    assert head_facts(prepared, CONFIG, DATA, splits).fingerprint == facts.fingerprint
+# -- the cache ---------------------------------------------------------------------------------------------------------
 
 
 def flip_one_bit(path: Path) -> None:
@@ -309,100 +357,103 @@ def flip_one_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_one_flipped_bit_of_a_cached_probe_is_noticed(prepared: PreparedTeacher, splits: Splits) -> None:
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def test_a_damaged_cache_is_one_sentence(prepared: PreparedTeacher, splits: Splits, quick: None) -> None:
     facts = head_facts(prepared, CONFIG, DATA, splits)
     assert facts.path is not None
-    flip_one_bit(facts.path)
-    with pytest.raises(UserError, match="is damaged; remove it") as caught:
-        prepare_head(prepared, CONFIG, DATA, splits)
-    assert str(facts.path) in str(caught.value) and "\n" not in str(caught.value)
-    facts.path.unlink()
-    again = head_facts(prepared, CONFIG, DATA, splits)
-    assert again.fitted_now and again.fingerprint == facts.fingerprint
+    cases: list[tuple[str, Callable[[Path], None], str]] = [
+        (".safetensors", cut_off, "linear probe"),
+        (".json", cut_off, "is damaged; remove it"),
+        (".safetensors", flip_one_bit, "is damaged; remove it"),
+    ]
+    for suffix, damage, said in cases:
+        damaged = facts.path.with_suffix(suffix)
+        damage(damaged)
+        with pytest.raises(UserError, match=said) as caught:
+            prepare_head(prepared, CONFIG, DATA, splits)
+        assert "\n" not in str(caught.value) and str(damaged) in str(caught.value), (suffix, damage)
+        damaged.unlink()
+        assert head_facts(prepared, CONFIG, DATA, splits) == facts, (suffix, damage)
 
 
 def test_one_flipped_bit_of_a_cached_teacher_is_noticed() -> None:
-    config = DigitsViTConfig(epochs=1, width=12, depth=1, heads=2, batch_size=400)
-    data = DATASETS["digits"]()
-    splits = Splits(*(labelled_digits(count) for count in (400, 20, 20)))
-    made = prepare_teacher(config, data, splits)
+    splits = digits_splits()
+    made = prepare_teacher(TINY_DIGITS, DIGITS, splits)
     assert made.path is not None and made.fitted_now
-    again = prepare_teacher(config, data, splits)
+    again = prepare_teacher(TINY_DIGITS, DIGITS, splits)
     assert (again.fingerprint, again.test_top1, again.fitted_now) == (made.fingerprint, made.test_top1, False)
     flip_one_bit(made.path)
     with pytest.raises(UserError, match="is damaged; remove it"):
-        prepare_teacher(config, data, splits)
+        prepare_teacher(TINY_DIGITS, DIGITS, splits)
 
 
-def test_facts_from_before_the_fingerprint_still_load(prepared: PreparedTeacher, splits: Splits) -> None:
-    first = head_facts(prepared, CONFIG, DATA, splits)
-    assert first.path is not None
-    beside = first.path.with_suffix(".json")
+def test_facts_from_before_the_fingerprint_still_load(
+    prepared: PreparedTeacher, splits: Splits, fitted: tuple[Path, HeadFacts]
+) -> None:
+    path, expected = fitted
+    beside = path.with_suffix(".json")
     facts = json.loads(beside.read_text())
-    assert facts.pop("weights") == first.fingerprint
+    assert facts.pop("weights") == expected.fingerprint
     beside.write_text(json.dumps(facts))
-    assert head_facts(prepared, CONFIG, DATA, splits) == dataclasses.replace(first, fitted_now=False)
+    assert head_facts(prepared, CONFIG, DATA, splits) == expected
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        "3",
-        "[]",
-        "null",
-        "{}",
-        '{"l2": 0.1}',
+def test_facts_of_another_shape_are_one_sentence(
+    prepared: PreparedTeacher, splits: Splits, fitted: tuple[Path, HeadFacts]
+) -> None:
+    path, _ = fitted
+    for written in (
+        *("3", "[]", "null", "{}", '{"l2": 0.1}'),
         '{"l2": null, "validation_top1": 0.5, "test_top1": 0.5}',
         '{"l2": "0.1", "validation_top1": 0.5, "test_top1": 0.5}',
         '{"l2": 0.1, "validation_top1": [0.5], "test_top1": 0.5}',
         '{"l2": 0.1, "validation_top1": 0.5, "test_top1": true}',
         '{"l2": 0.1, "validation_top1": 0.5, "test_top1": 0.5, "weights": 7}',
         '{"l2": 0.1, "validation_top1": 0.5, "test_top1": 0.5, "weights": "0000000000000000"}',
-    ],
-)
-def test_facts_of_another_shape_are_one_sentence(prepared: PreparedTeacher, splits: Splits, written: str) -> None:
-    path = head_facts(prepared, CONFIG, DATA, splits).path
-    assert path is not None
-    path.with_suffix(".json").write_text(written)
-    with pytest.raises(UserError, match="is damaged; remove it") as caught:
-        head_facts(prepared, CONFIG, DATA, splits)
-    assert "\n" not in str(caught.value)
+    ):
+        path.with_suffix(".json").write_text(written)
+        with pytest.raises(UserError, match="is damaged; remove it") as caught:
+            head_facts(prepared, CONFIG, DATA, splits)
+        assert "\n" not in str(caught.value), written
 
 
-def test_what_is_cached_is_synced_before_it_gets_its_name(
-    prepared: PreparedTeacher, splits: Splits, monkeypatch: pytest.MonkeyPatch
+def test_what_could_not_be_written_whole_is_fitted_again(
+    prepared: PreparedTeacher, splits: Splits, cache: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    done: list[str] = []
-    sync, replace = os.fsync, os.replace
+    """A disk that is full while weights or facts reach it: nothing of half a file bears the name of a whole one."""
+    sync = os.fsync
+    for written in (0, 1):
+        # a file and its folder are synced each
+        left = iter([True] * 2 * written)
 
-    def noting_sync(descriptor: int) -> None:
-        done.append("sync")
-        sync(descriptor)
+        def full(descriptor: int, left: Any = left) -> None:
+            if not next(left, False):
+                raise OSError(28, "No space left on device")
+            sync(descriptor)
 
-    def noting_replace(source: Path, target: Path) -> None:
-        done.append(f"name {Path(target).suffix}")
-        replace(source, target)
-
-    monkeypatch.setattr(teachers.os, "fsync", noting_sync)
-    monkeypatch.setattr(teachers.os, "replace", noting_replace)
-    prepare_head(prepared, CONFIG, DATA, splits)
-    # the file before its name, the folder after it
-    assert done == ["sync", "name .safetensors", "sync"] + ["sync", "name .json", "sync"]
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device"):
+            patch.setattr(os, "fsync", full)
+            prepare_head(prepared, CONFIG, DATA, splits)
+        whole = [path.suffix for path in (cache / "probes").iterdir() if path.suffix in (".safetensors", ".json")]
+        assert whole == [".safetensors"] * written
+    assert head_facts(prepared, CONFIG, DATA, splits).fitted_now
 
 
 def test_a_complete_cache_that_is_read_only_serves(
-    prepared: PreparedTeacher, splits: Splits, cache: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: PreparedTeacher, splits: Splits, fitted: tuple[Path, HeadFacts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = head_facts(prepared, CONFIG, DATA, splits)
-    assert first.path is not None
+    path, facts = fitted
 
     # permissions would not stop root
-    def read_only(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+    def read_only(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(teachers, "_locked", read_only)
-    assert head_facts(prepared, CONFIG, DATA, splits) == dataclasses.replace(first, fitted_now=False)
-    first.path.unlink()
+    monkeypatch.setattr(fcntl, "flock", read_only)
+    assert head_facts(prepared, CONFIG, DATA, splits) == facts
+    path.unlink()
     with pytest.raises(UserError, match="Permission denied.*set BASD_CACHE"):
         prepare_head(prepared, CONFIG, DATA, splits)
 
