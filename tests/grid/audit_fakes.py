@@ -89,7 +89,11 @@ class Table:
             return database.execute(statement, values).fetchall()
 
     def run_id(self, arm: int) -> str:
-        (found,) = self.sql("SELECT run_uuid FROM tags WHERE key = 'basd.arm_key' AND value = ?", KEYS[arm])
+        (found,) = self.sql(
+            "SELECT run_uuid FROM tags JOIN runs USING (run_uuid) "
+            "WHERE key = 'basd.arm_key' AND tags.value = ? AND lifecycle_stage = 'active'",
+            KEYS[arm],
+        )
         return str(found[0])
 
     def parent_id(self, arm: int) -> str:

@@ -119,7 +119,7 @@ def train_cohort(
 
 
 def _once(directory: Path, fake: dict[str, Any]) -> bool:
-    """True when trouble that happens once has happened."""
+    """Whether trouble that happens once has happened already."""
     mark = directory / "trouble.txt"
     if fake.get("once") and mark.exists():
         return True
@@ -128,5 +128,8 @@ def _once(directory: Path, fake: dict[str, Any]) -> bool:
 
 
 def _trouble(fake: dict[str, Any], member: Any) -> None:
-    if fake.get("kill_at") == member.step and not _once(member.directory, {"once": True}):
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Once in the life of an arm, its process gets a signal."""
+    signals = {"kill_at": signal.SIGKILL, "interrupt_at": signal.SIGINT, "terminate_at": signal.SIGTERM}
+    for name, number in signals.items():
+        if fake.get(name) == member.step and not _once(member.directory, {"once": True}):
+            os.kill(os.getpid(), number)

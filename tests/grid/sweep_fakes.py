@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-# called before each cohort
+# functions that the trainer calls before each cohort
 before: list[Any] = []
 
 

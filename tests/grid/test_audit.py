@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from audit_fakes import KEYS, STEPS, Table
 from grid_fakes import SETTING, make_plan
+from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from basd.cli import main
@@ -21,6 +22,7 @@ from basd.grid.audit import audit_plan, print_audit
 from basd.grid.ledger import Ledger
 from basd.grid.run import labels_of
 from basd.tracking.journal import Journal
+from basd.version import code_version
 
 
 def test_intact_table_is_in_order_and_nothing_is_touched(table: Table) -> None:
@@ -41,17 +43,17 @@ def test_intact_table_is_in_order_and_nothing_is_touched(table: Table) -> None:
 
 
 def test_second_complete_trial_is_a_duplicate(table: Table) -> None:
-    from optuna.trial import TrialState, create_trial
-
     ledger = table.ledger()
-    state = ledger.arms()[KEYS[0]]
-    trial = next(trial for trial in ledger._trials() if trial.number == state.number)
-    for metrics, how in ((trial.user_attrs["metrics"], "the same"), ({"test/top1": 0.1}, "different")):
-        again = create_trial(state=TrialState.COMPLETE, value=0.5, user_attrs={**trial.user_attrs, "metrics": metrics})
-        ledger._database.storage.create_new_trial(ledger._study_id(), again)
+    storage = ledger.database.storage
+    study = storage.get_study_id_from_name(SETTING)
+    number = ledger.arms()[KEYS[0]].number
+    known = next(trial for trial in storage.get_all_trials(study) if trial.number == number).user_attrs
+    for metrics, how in ((known["metrics"], "the same"), ({"test/top1": 0.1}, "different")):
+        again = create_trial(state=TrialState.COMPLETE, value=0.5, user_attrs={**known, "metrics": metrics})
+        storage.create_new_trial(study, again)
         (finding,) = table.audit().findings
         assert (finding.kind, finding.subject) == ("duplicate", KEYS[0])
-        assert f"with {how} metrics" in finding.what and f"the first, {state.number}, counts" in finding.way_out
+        assert f"with {how} metrics" in finding.what and f"the first, {number}, counts" in finding.way_out
     assert "4 of 4 arms complete, 1 duplicate; code version v1." in table.audit().summary
 
 
@@ -85,9 +87,6 @@ def test_states_of_the_ledger_are_told(tmp_path: Path, intact: Path) -> None:
 
 
 def test_run_of_an_arm_that_nobody_trains_is_orphaned_until_synced(table: Table) -> None:
-    from optuna.trial import TrialState
-
-    table.ledger()._database.storage.set_study_user_attr  # noqa: B018 - the database is opened
     with sqlite3.connect(table.root / "ledger.db") as database:
         number = table.ledger().arms()[KEYS[0]].number
         database.execute("UPDATE trials SET state = ? WHERE number = ?", (TrialState.WAITING.name, number))
@@ -102,20 +101,20 @@ def test_run_of_an_arm_that_nobody_trains_is_orphaned_until_synced(table: Table)
     assert table.found() == [("missing", "Row 0", 0), ("differing", "Row 0", 0)]
 
 
-@pytest.mark.parametrize("content", ["none", "garbage", "no study"])
-def test_ledger_that_cannot_be_read_is_a_sentence(table: Table, content: str, tmp_path: Path) -> None:
+def test_ledger_that_cannot_be_read_is_a_sentence(table: Table) -> None:
     table.sql("DELETE FROM metrics WHERE run_uuid = ? AND key = 'train/loss' AND step = 2", table.run_id(0))
-    (table.root / "ledger.db").unlink()
-    if content == "garbage":
-        (table.root / "ledger.db").write_text("no database, though longer than the header of one would have to be" * 9)
-    if content == "no study":
-        Ledger(table.options.ledger_url, "another setting").check()
-        assert table.found() == [("missing", f"Row {row}", seed) for seed in (0, 1) for row in (0, 1) for _ in (0,)]
-        return
-    audit = table.audit()
-    assert len(audit.problems) == 1 and "ledger.url=…" in audit.problems[0]
-    assert audit.complete == 4 and [finding.kind for finding in audit.findings] == ["differing"]
-    assert content == "garbage" or not (table.root / "ledger.db").exists()
+    ledger = table.root / "ledger.db"
+    ledger.unlink()
+    for content in ("", "no database, though longer than the header of one would have to be" * 9):
+        if content:
+            ledger.write_text(content)
+        audit = table.audit()
+        assert len(audit.problems) == 1 and "ledger.url=…" in audit.problems[0]
+        assert audit.complete == 4 and [finding.kind for finding in audit.findings] == ["differing"]
+        assert ledger.exists() == bool(content)
+    ledger.unlink()
+    Ledger(table.options.ledger_url, "another setting").check()
+    assert table.found() == [("missing", f"Row {row}", seed) for seed in (0, 1) for row in (0, 1)]
 
 
 def test_ledger_address_that_is_none_is_bad_input(table: Table) -> None:
@@ -166,15 +165,17 @@ def test_findings_of_a_row_share_a_line(table: Table) -> None:
 
 
 def test_command_says_it_with_its_exit_status(
-    table: Table, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(table.root)
-    monkeypatch.setattr("basd.version.code_version", lambda: "v1")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(store, tmp_path / "mlflow.db")
+    table = Table(tmp_path, make_plan(1, 1, steps=STEPS, version=code_version()))
+    table.work()
+    table.send()
     path = table.plan.save(table.options.setting_directory(SETTING) / "plans" / "fake_table-abc123.json")
     assert main(["audit", "fake_table"]) == 0
-    assert capsys.readouterr().out == (
-        f"fake_table in {SETTING}: 4 of 4 arms complete, nothing missing, failed or duplicate; code version v1.\n"
-    )
+    in_order = f"fake_table in {SETTING}: 1 of 1 arms complete, nothing missing, failed or duplicate; code version"
+    assert capsys.readouterr().out.startswith(f"{in_order} {code_version()}.\n")
     assert main(["audit", "fake_table", f"setting={SETTING}", "tracking.uri=sqlite:///gone.db"]) == 1
     assert "MLflow was not audited" in capsys.readouterr().out
     for outside in ("../runs", "*", "/", ".."):
@@ -194,4 +195,4 @@ def test_command_says_it_with_its_exit_status(
     other.write_text("{}")
     assert main(["audit", "fake_table"]) == 1
     said = capsys.readouterr()
-    assert "4 of 4 arms complete" in said.out and "not a plan" in said.err
+    assert "1 of 1 arms complete" in said.out and "not a plan" in said.err

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import sys
 
 import pytest
 from rich.table import Table
@@ -19,10 +19,10 @@ def test_a_wide_table_is_whole_in_a_file_unless_columns_says_otherwise(
     if columns is not None:
         monkeypatch.setenv("COLUMNS", columns)
     said = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", said)
     table = Table(*(f"column {place} of a table" for place in range(7)))
     table.add_row(*("x" * 18 for _ in range(7)))
-    make_console().print(table)
+    with contextlib.redirect_stdout(said):
+        make_console().print(table)
     longest = max(map(len, said.getvalue().splitlines()))
     assert longest == widest if columns else longest >= widest
     assert said.getvalue().count("x" * 18) == (0 if columns else 7)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import grid_fakes
 import pytest
+from forked import kill_this_process, killed_in
 from grid_fakes import SETTING, make_plan
+from ledgers import empty_ledger
 
 from basd.grid.audit import Audit, audit_plan
 from basd.grid.ledger import Ledger
@@ -20,15 +23,12 @@ from basd.grid.options import GridOptions
 from basd.grid.plan import Plan
 from basd.grid.run import labels_of, mirror_of, run_grid, sync
 from basd.grid.worker import Worker
+from basd.tracking.files import read_json
 from basd.tracking.mlflow_store import open_client
 
 
-class Died(BaseException):
-    """A machine that never comes back."""
-
-
 class Machine:
-    """Trains for a table that other machines train for as well."""
+    """Trains for a table for which other machines train too."""
 
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
@@ -53,23 +53,24 @@ class Machine:
         return trained
 
     def die_training(self, plan: Plan) -> None:
-        """Begin the plan's arms, send some points, and be gone: no word to the journal, the ledger or MLflow."""
-        ledger = self.ledger()
-        ledger.ensure(plan.arms.values(), labels_of(plan), plan.name)
-        mirror = mirror_of(plan, self.options, ledger)
+        """A process begins the plan's arms, sends some points and is killed: the journal, the ledger and MLflow have no end."""
+
+        def begin() -> None:
+            ledger = self.ledger()
+            ledger.ensure(plan.arms.values(), labels_of(plan), plan.name)
+            mirror_of(plan, self.options, ledger).start()
+            Worker(plan.arms, ledger, self.options, train=train).work()
 
         def train(arms: Any, directories: Any, recorders: Any, **_: Any) -> Any:
             for recorder in recorders:
                 recorder.metrics(1, {"train/loss": 1.0})
-                recorder.flush()
-            mirror._pass()
-            raise Died
+            for directory, recorder in zip(directories, recorders, strict=True):
+                length = recorder.flush()
+                while (read_json(directory / "mirror.json") or {}).get("position") != length:
+                    time.sleep(0.02)
+            kill_this_process()
 
-        worker = Worker(plan.arms, ledger, self.options, train=train)
-        worker._mark = lambda *_: None  # type: ignore[method-assign]
-        with pytest.raises(Died):
-            worker.work()
-        mirror.close()
+        killed_in(begin)
 
     def reap(self) -> list[str]:
         """What a watcher does once the dead one's counter stood still for long enough."""
@@ -100,6 +101,7 @@ class Machine:
 @pytest.fixture
 def machines(tmp_path: Path, store: Path) -> tuple[Machine, Machine]:
     shutil.copy(store, tmp_path / "mlflow.db")
+    empty_ledger(tmp_path / "ledger.db")
     return Machine("first", tmp_path), Machine("second", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The layout in an ablation's file: marks read from resolved configurations, figures of others, mistakes as sentences."""
+"""The layout in an ablation's file: marks from resolved configurations, figures of others; a mistake is one sentence."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from analysis import metric
 from basd.compose import compose
-from basd.config import Config
+from basd.config import Config, flatten
 from basd.errors import UserError
 from basd.grid.ablations import FINAL, Ablation, load_ablation
-from basd.grid.layout import SHARES, Reported, _known, _values, marks_of
+from basd.grid.layout import SHARES, Reported, marks_of
 
 HEAD = "question: x\nreference: a\nseeds: [0]\n"
 ROW = "rows: [{name: a, overrides: []}]\n"
@@ -74,15 +74,20 @@ def test_a_label_cannot_make_a_mark(load) -> None:
     assert marks_of(ablation.marks, configs(a=list(ablation.rows[0].overrides))) == {"a": ("–",)}
 
 
-def test_every_key_of_every_row_of_a_table_can_be_a_mark() -> None:
+def test_every_setting_that_changes_a_result_can_be_a_mark() -> None:
     rows = configs(basd=["method=basd"], ce=["method=ce"], deit=["method=deit_hard"], a2d=["method=a2d"])
-    known = _known(rows.values())
-    shown = marks_of({key: [key] for key in known}, rows)
-    assert {len(marks) for marks in shown.values()} == {len(known)} and len(known) > 80
-    assert {key for config in rows.values() for key in _values(config)} <= set(known)
-    assert not {key for key in known if key.split(".")[0] in ("seed", "runtime", "tracking", "ledger", "method")}
-    # a setting that only another choice has
-    assert marks_of({"T": ["weighting.temperature"]}, configs(a=["method=basd", "weighting=equal"])) == {"a": ("–",)}
+    settings = {key for config in rows.values() for key, _ in flatten(config.to_dict())}
+    outside = {key for key in settings if key.split(".")[0] in ("seed", "runtime", "tracking", "ledger", "method")}
+    marks = marks_of({key: [key] for key in settings - outside}, rows)
+    assert {len(shown) for shown in marks.values()} == {len(settings - outside)} and len(settings - outside) > 80
+    assert len(outside) > 5
+    for key in outside:
+        with pytest.raises(UserError, match="is not a setting that changes a result"):
+            marks_of({key: [key]}, rows)
+    # a group by its name, and a setting that only another choice of the group has
+    assert marks_of({"w": ["weighting"], "T": ["weighting.temperature"]}, configs(a=["weighting=equal"])) == {
+        "a": ("equal", "–")
+    }
 
 
 def test_equal_means_equal_as_a_setting() -> None:
@@ -112,22 +117,23 @@ def test_the_marks_of_the_tables_that_ship(tmp_path: Path, monkeypatch: pytest.M
     assert counts == [0, 0, 1, 2, 3, 4] and shown["targets"] == ("✓", "–", "–", "–")
 
 
-@pytest.mark.parametrize(
-    ("marks", "said"),
-    [
-        ({"x": ["losses.rsd.enabeld"]}, "marks: x: losses.rsd.enabeld is not a setting that changes a result; the nearest: losses.rsd.enabled"),
-        ({"x": ["qqq"]}, "qqq is not a setting that changes a result; write a key of the command line"),
-        ({"x": ["method=basd"]}, "method is not a setting that changes a result"),
-        ({"x": ["seed"]}, "seed is not a setting that changes a result"),
-        ({"x": ["selector=unifrom"]}, "unifrom is not a choice of selector; did you mean uniform?"),
-        ({"x": ["weighting.scale=frist"]}, "frist is not a choice of weighting.scale; did you mean first?"),
-        ({"x": ["selector=[a"]}, "is not KEY=VALUE as on the command line"),
-    ],
-)  # fmt: skip
-def test_a_mark_that_means_nothing_is_one_sentence(marks: dict[str, list[str]], said: str) -> None:
-    with pytest.raises(UserError) as error:
-        marks_of(marks, configs(a=["method=basd"]))
-    assert said in str(error.value) and "\n" not in str(error.value) and str(error.value).endswith(".")
+MEANINGLESS = [
+    ({"x": ["losses.rsd.enabeld"]}, "marks: x: losses.rsd.enabeld is not a setting that changes a result; the nearest: losses.rsd.enabled"),
+    ({"x": ["qqq"]}, "qqq is not a setting that changes a result; write a key of the command line"),
+    ({"x": ["method=basd"]}, "method is not a setting that changes a result"),
+    ({"x": ["seed"]}, "seed is not a setting that changes a result"),
+    ({"x": ["selector=unifrom"]}, "unifrom is not a choice of selector; did you mean uniform?"),
+    ({"x": ["weighting.scale=frist"]}, "frist is not a choice of weighting.scale; did you mean first?"),
+    ({"x": ["selector=[a"]}, "is not KEY=VALUE as on the command line"),
+]  # fmt: skip
+
+
+def test_a_mark_that_means_nothing_is_one_sentence() -> None:
+    rows = configs(a=["method=basd"])
+    for marks, said in MEANINGLESS:
+        with pytest.raises(UserError) as error:
+            marks_of(marks, rows)
+        assert said in str(error.value) and "\n" not in str(error.value) and str(error.value).endswith("."), marks
 
 
 # -- figures of others, and mistakes -----------------------------------------------------------------------------------
@@ -175,38 +181,38 @@ def figures(text: str) -> str:
     return HEAD + ROW + f"reported: [{text}]\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (HEAD + ROW + "marsk: {}\n", "marsk is not known here; did you mean marks?"),
-        (HEAD + ROW + "marks: factors\n", "marks: factors needs factors, and the file has none"),
-        (HEAD + ROW + "marks: [a]\n", "marks must name settings by column title"),
-        (HEAD + ROW + "marks: {a: []}\n", "marks: a must be one setting"),
-        (HEAD + ROW + "marks: {a: [selector=uniform, losses.rsd.enabled]}\n", "marks: a must be one setting, or a list"),
-        (HEAD + ROW + "factors: {u: {on: [], off: [x=1]}}\nmarks: factors\n", "u, whose level on sets nothing"),
-        (HEAD + ROW + "factors: {u: {a: [x=1], b: [y=1]}}\nmarks: factors\n", "u, whose levels do not choose one setting"),
-        (HEAD + ROW + "factors: {u: {a: [x=1], b: []}}\nmarks: factors\n", "u, whose levels do not choose one setting"),
-        (HEAD + ROW + "notes: x\n", "notes must be a list of sentences"),
-        (HEAD + ROW + "notes: [1]\n", "notes must be a list of sentences"),
-        (HEAD + ROW + "figures: a\n", "figures must be a list of rows"),
-        (HEAD + ROW + "figures: [b]\n", "figures: b is not a row"),
-        (HEAD + ROW + "reported: x\n", "reported must be a list"),
-        (figures("x"), "'x' needs label, source and values"),
-        (figures("{label: A, values: {test/top1: 7}}"), "'A' needs label, source and values"),
-        (figures("{label: A, source: 2502.20760, values: {test/top1: 7}}"), "put a number such as '2012.12877' in quotes"),
-        (figures("{label: A, source: s, values: {test/top2: 7}}"), "test/top2 is not a metric of this table; did you mean test/top1?"),
-        (figures("{label: A, source: s, values: {}}"), "values must name a figure"),
-        (figures("{label: A, source: s, values: {test/top1: high}}"), "test/top1: high is not a number"),
-        (figures("{label: A, source: s, values: {test/top1: true}}"), "is not a number"),
-        (figures("{label: A, source: s, values: {test/top1: .nan}}"), "is not a number"),
-        (figures("{label: A, source: s, values: {test/top1: 0.745}}"), "0.745 must be in percent, such as 74.5"),
-        (figures("{label: A, source: s, values: {test/top1: 745}}"), "745 must be in percent"),
-        (figures("{label: A, source: s, values: {test/top1: 7}, n: 3}"), "reported A: n is not known here"),
-        (figures("{label: A, source: s, values: {test/top1: 7}}, {label: A, source: t, values: {test/top1: 8}}"), "two entries are labelled"),
-    ],
-)  # fmt: skip
-def test_a_broken_layout_is_one_sentence(load, text: str, said: str) -> None:
-    with pytest.raises(UserError) as error:
-        load(text)
-    assert said in str(error.value) and str(error.value).startswith("experiments/mine.yaml")
-    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+BROKEN = [
+    (HEAD + ROW + "marsk: {}\n", "marsk is not known here; did you mean marks?"),
+    (HEAD + ROW + "marks: factors\n", "marks: factors needs factors, and the file has none"),
+    (HEAD + ROW + "marks: [a]\n", "marks must name settings by column title"),
+    (HEAD + ROW + "marks: {a: []}\n", "marks: a must be one setting"),
+    (HEAD + ROW + "marks: {a: [selector=uniform, losses.rsd.enabled]}\n", "marks: a must be one setting, or a list"),
+    (HEAD + ROW + "factors: {u: {on: [], off: [x=1]}}\nmarks: factors\n", "u, whose level on sets nothing"),
+    (HEAD + ROW + "factors: {u: {a: [x=1], b: [y=1]}}\nmarks: factors\n", "u, whose levels do not choose one setting"),
+    (HEAD + ROW + "factors: {u: {a: [x=1], b: []}}\nmarks: factors\n", "u, whose levels do not choose one setting"),
+    (HEAD + ROW + "notes: x\n", "notes must be a list of sentences"),
+    (HEAD + ROW + "notes: [1]\n", "notes must be a list of sentences"),
+    (HEAD + ROW + "figures: a\n", "figures must be a list of rows"),
+    (HEAD + ROW + "figures: [b]\n", "figures: b is not a row"),
+    (HEAD + ROW + "reported: x\n", "reported must be a list"),
+    (figures("x"), "'x' needs label, source and values"),
+    (figures("{label: A, values: {test/top1: 7}}"), "'A' needs label, source and values"),
+    (figures("{label: A, source: 2502.20760, values: {test/top1: 7}}"), "put a number such as '2012.12877' in quotes"),
+    (figures("{label: A, source: s, values: {test/top2: 7}}"), "test/top2 is not a metric of this table; did you mean test/top1?"),
+    (figures("{label: A, source: s, values: {}}"), "values must name a figure"),
+    (figures("{label: A, source: s, values: {test/top1: high}}"), "test/top1: high is not a number"),
+    (figures("{label: A, source: s, values: {test/top1: true}}"), "is not a number"),
+    (figures("{label: A, source: s, values: {test/top1: .nan}}"), "is not a number"),
+    (figures("{label: A, source: s, values: {test/top1: 0.745}}"), "0.745 must be in percent, such as 74.5"),
+    (figures("{label: A, source: s, values: {test/top1: 745}}"), "745 must be in percent"),
+    (figures("{label: A, source: s, values: {test/top1: 7}, n: 3}"), "reported A: n is not known here"),
+    (figures("{label: A, source: s, values: {test/top1: 7}}, {label: A, source: t, values: {test/top1: 8}}"), "two entries are labelled"),
+]  # fmt: skip
+
+
+def test_a_broken_layout_is_one_sentence(load) -> None:
+    for text, said in BROKEN:
+        with pytest.raises(UserError) as error:
+            load(text)
+        assert said in str(error.value) and str(error.value).startswith("experiments/mine.yaml"), text
+        assert "\n" not in str(error.value) and str(error.value).endswith("."), text

@@ -1,30 +1,34 @@
-"""A GPU is one worker's at a time, whoever started the workers and however they end. The GPUs are names; the processes are real."""
+"""A GPU belongs to one worker at a time, whoever started the workers and however they end. torch is told of two GPUs; the
+processes are real."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-import multiprocessing
+import logging
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from forked import fork, start
 from grid_fakes import SETTING, make_plan
+from ledgers import empty_ledger
 from rich.console import Console
 from tiny import TINY
 
 from basd.cli import main
 from basd.errors import UserError
-from basd.grid import leases, plan, single
+from basd.grid import leases, worker
 from basd.grid.leases import Device, LeasedError, leased, take, visible_devices
 from basd.grid.options import GridOptions
 from basd.grid.plan import Plan
@@ -33,15 +37,15 @@ from basd.grid.worker import OPTIONS
 
 HERE = Path(__file__).parent
 GPUS = ["GPU-aa", "GPU-ab"]
-fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, and leases of this test's own."""
-    monkeypatch.setattr(leases, "machine_devices", lambda: GPUS)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: GPUS)
     monkeypatch.setattr(leases, "POLL", 0.02)
-    monkeypatch.setattr(leases._Process, "saw", None)
+    monkeypatch.setattr(leases._Process, "saw", None)  # as in a process that has leased nothing yet
     monkeypatch.setenv("BASD_LEASES", str(tmp_path / "leases"))
     # set and taken away, so that it is what it was after the test
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -60,49 +64,49 @@ def name_of(lease: leases.Lease | None) -> str:
 # -- which devices there are -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("entries", "found"),
-    [
-        (None, [Device("GPU-aa", "GPU-aa"), Device("GPU-ab", "GPU-ab")]),
-        ("1,0", [Device("1", "GPU-ab"), Device("0", "GPU-aa")]),
-        ("GPU-ab", [Device("GPU-ab", "GPU-ab")]),
-        ("GPU-ab, 0", [Device("GPU-ab", "GPU-ab"), Device("0", "GPU-aa")]),
-        ("MIG-1", [Device("MIG-1", "MIG-1")]),
-        ("", []),
-        ("-1", []),
-        ("1,7,0", [Device("1", "GPU-ab")]),
-        ("GPU-a", []),  # two begin so
-    ],
-)
-def test_devices_are_those_that_cuda_will_see(
-    entries: str | None, found: list[Device], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if entries is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", entries)
-    assert visible_devices() == found
-    assert GridOptions().devices() == [device.entry for device in found]
-    assert GridOptions(device="cpu").devices() == []
-    monkeypatch.setattr(leases, "machine_devices", list)
-    assert visible_devices() == []  # an entry makes no device
+def test_devices_are_those_that_cuda_will_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = Device("GPU-aa", "GPU-aa"), Device("GPU-ab", "GPU-ab")
+    cases: dict[str | None, list[Device]] = {
+        None: [a, b],
+        "1,0": [Device("1", "GPU-ab"), Device("0", "GPU-aa")],
+        "GPU-ab": [b],
+        "GPU-ab, 0": [b, Device("0", "GPU-aa")],
+        "MIG-1": [Device("MIG-1", "MIG-1")],
+        "": [],
+        "-1": [],
+        "1,7,0": [Device("1", "GPU-ab")],
+        "GPU-a": [],  # two begin so
+    }
+    for machine in (GPUS, []):
+        monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda machine=machine: machine)
+        for entries, found in cases.items():
+            if entries is not None:
+                monkeypatch.setenv("CUDA_VISIBLE_DEVICES", entries)
+            expected = found if machine else []  # an entry makes no device
+            assert visible_devices() == expected, entries
+            assert GridOptions().devices() == [device.entry for device in expected], entries
+            assert GridOptions(device="cpu").devices() == [], entries
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
 
 def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(name: str) -> None:
+    def none(name: str = "libnvidia-ml.so.1") -> None:
         raise OSError(name)
 
-    monkeypatch.undo()
-    monkeypatch.setattr("torch.cuda._raw_device_uuid_nvml", lambda: none("libnvidia-ml.so.1"))
-    monkeypatch.setattr(leases.ctypes, "CDLL", none)
-    assert leases.machine_devices() == []
-    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
-    monkeypatch.setattr("torch.cuda._raw_device_uuid_nvml", lambda: GPUS)
     assert leases.machine_devices() == GPUS
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", none)
+    monkeypatch.setattr("ctypes.CDLL", none)
+    assert leases.machine_devices() == []
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: GPUS)
+    assert leases.machine_devices() == []
 
 
-def test_where_nothing_is_searched_for_nothing_is_leased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_and_under_torchrun_nothing_is_leased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with leased(GridOptions(device="cpu"), silent):
         assert take(GridOptions(device="cpu")) is None
-    monkeypatch.setattr(leases, "world", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with leased(GridOptions(), silent):
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
     assert not (tmp_path / "leases").exists()
@@ -161,9 +165,9 @@ def test_leases_that_cannot_be_written_are_one_sentence(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="set BASD_LEASES to a directory of yours"):
         take(GridOptions())
     monkeypatch.delenv("BASD_LEASES")
-    monkeypatch.setattr(leases.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     somebody = os.getuid() + 1
-    monkeypatch.setattr(leases.os, "getuid", lambda: somebody)
+    monkeypatch.setattr(os, "getuid", lambda: somebody)
     (tmp_path / f"basd-leases-{somebody}").mkdir()
     with pytest.raises(UserError, match="set BASD_LEASES to a directory of yours"):
         take(GridOptions())
@@ -172,12 +176,11 @@ def test_leases_that_cannot_be_written_are_one_sentence(tmp_path: Path, monkeypa
 def test_the_lease_is_there_before_anything_looks_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def look(_config: Any) -> None:
+    def look() -> bool:
         seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
         raise UserError("enough")
 
-    monkeypatch.setattr(plan, "check_device", look)
-    monkeypatch.setattr(single, "check_device", look)
+    monkeypatch.setattr(torch.cuda, "is_available", look)
     one = ["rows=[basd]", "seeds=[0]", *TINY]
     assert main(["worker", "leave_one_out", *one]) == 2
     assert main(["train", *TINY]) == 2
@@ -203,9 +206,7 @@ def use(folder: Path, times: int) -> None:
 
 def test_never_two_holders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "POLL", 0.001)
-    processes = [fork.Process(target=use, args=(tmp_path, 20)) for _ in range(6)]
-    for process in processes:
-        process.start()
+    processes = [start(use, tmp_path, 20) for _ in range(6)]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 6
@@ -219,9 +220,7 @@ def hold(ready: Any) -> None:
 
 def start_holder() -> tuple[Any, Any]:
     here, there = fork.Pipe()
-    process = fork.Process(target=hold, args=(there,))
-    process.start()
-    return process, here
+    return start(hold, there), here
 
 
 def test_a_killed_holder_frees_its_lease_and_who_waits_gets_it() -> None:
@@ -250,47 +249,33 @@ def test_a_killed_holder_frees_its_lease_and_who_waits_gets_it() -> None:
 @pytest.fixture
 def options(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> GridOptions:
     shutil.copy(store, tmp_path / "mlflow.db")
+    monkeypatch.syspath_prepend(HERE / "leasing")
+    # for worker processes of a grid
     path = [str(HERE / "leasing"), str(HERE), str(HERE.parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("FAKE_GPUS", ",".join(GPUS))
     return GridOptions(
         directory=str(tmp_path / "runs"),
-        ledger_url=f"sqlite:///{tmp_path}/ledger.db",
+        ledger_url=empty_ledger(tmp_path / "ledger.db"),
         tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
         trainer="leasing_trainer:train_cohort",
     )
 
 
 @pytest.fixture
-def started() -> Iterator[list[subprocess.Popen[str]]]:
-    processes: list[subprocess.Popen[str]] = []
+def started() -> Iterator[list[BaseProcess]]:
+    processes: list[BaseProcess] = []
     yield processes
     for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.kill()
+        process.join()
 
 
-def start_worker(options: GridOptions, tmp_path: Path, **made: Any) -> subprocess.Popen[str]:
-    path = tmp_path / "plan.json"
-    make_plan(**made).save(path)
-    command = [
-        sys.executable,
-        "-m",
-        "basd.grid.worker",
-        "--plan",
-        str(path),
-    ]
-    environment = {**os.environ, OPTIONS: json.dumps(options.to_dict())}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def line_with(text: str, process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if text in line:
-            return line
-    raise AssertionError(f"{text} was not said")
+def work(options: GridOptions, plan: Path, log: Path) -> None:
+    """`python -m basd.grid.worker`, whose output is `log`."""
+    logging.root.handlers = [logging.FileHandler(log)]
+    os.environ[OPTIONS] = json.dumps(options.to_dict())
+    sys.exit(worker.main(["--plan", str(plan)]))
 
 
 def used(tmp_path: Path) -> list[str]:
@@ -298,16 +283,26 @@ def used(tmp_path: Path) -> list[str]:
 
 
 def test_a_worker_waits_for_a_gpu_and_a_signal_ends_the_waiting(
-    options: GridOptions, tmp_path: Path, started: list[subprocess.Popen[str]]
+    options: GridOptions, tmp_path: Path, started: list[BaseProcess]
 ) -> None:
-    held = [take(options), take(options)]
-    started += [start_worker(options, tmp_path, rows=2, seeds=1) for _ in range(2)]
-    for process in started:
-        assert f"process {os.getpid()} on" in line_with("waiting for the first that gets free", process)
-    started[0].terminate()
-    assert started[0].wait(60) != 0
-    held[1].release()  # type: ignore[union-attr]
-    assert started[1].wait(60) == 0
+    holders = {said.recv(): process for process, said in (start_holder() for _ in GPUS)}
+    started += holders.values()
+    plan = make_plan(2, 1).save(tmp_path / "plan.json")
+    logs = [tmp_path / f"log{number}" for number in range(2)]
+    workers = [start(work, options, plan, log) for log in logs]
+    started += workers
+    for log in logs:
+        limit = time.monotonic() + 60
+        while not log.exists() or "waiting for the first that gets free" not in log.read_text():
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        assert f"process {holders['GPU-aa'].pid} on" in log.read_text()
+    workers[0].terminate()
+    workers[0].join(60)
+    assert workers[0].exitcode not in (0, None)
+    holders["GPU-ab"].kill()
+    workers[1].join(60)
+    assert workers[1].exitcode == 0
     assert used(tmp_path) == ["GPU-ab"]
     assert name_of(take(options)) == "GPU-ab"
 
@@ -316,7 +311,7 @@ def run(options: GridOptions, made: Plan) -> Outcome:
     return run_grid(made, options, console=Console(file=io.StringIO()))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_grid_starts_a_worker_on_each_gpu_that_is_free(options: GridOptions, tmp_path: Path) -> None:
     """None at first, then one; the second where that one is in the middle of its work."""
     held = [take(options), take(options)]
@@ -340,7 +335,7 @@ def test_a_grid_starts_a_worker_on_each_gpu_that_is_free(options: GridOptions, t
     assert used(tmp_path)[0] == "GPU-ab" and not (tmp_path / "clash").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_grids_share_the_gpus_and_a_killed_worker_leaves_its_own(options: GridOptions, tmp_path: Path) -> None:
     made = [make_plan(1, 3, {(0, 0): {"kill_at": 3}} if row else None, steps=6, sleep=0.02) for row in range(2)]
     places = [

@@ -1,17 +1,22 @@
-"""Memory of a cohort from a probe: what was measured, with what the planned arms hold in place of what was held then."""
+"""Memory of a cohort from a probe: the measured peak, with the planned arms in place of those that were measured."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from grid_fakes import make_plan as fake_plan
+from rich.console import Console
 
 from basd.config import FrozenArm
-from basd.grid import display
+from basd.grid.display import print_prediction
 from basd.grid.options import GridOptions
 from basd.grid.probe import Costs, Probe, measure, predict_memory, structure_of
 
@@ -78,17 +83,39 @@ def test_other_precisions_and_parts_are_other_structures(tiny_arm: Make) -> None
 
 
 def test_parts_of_a_step_are_timed_together(tiny_arm: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second passes with each backward pass."""
     monkeypatch.chdir(tmp_path)
-    ticks = iter(range(10**6))
-    monkeypatch.setattr("basd.grid.probe._Clock.now", lambda self: float(next(ticks)))
+    backward, seconds = torch.Tensor.backward, [0.0]
+
+    def counted(self: torch.Tensor, *arguments: object, **named: object) -> None:
+        seconds[0] += 1.0
+        backward(self, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.Tensor, "backward", counted)
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
     arm = tiny_arm("method=ce", "recipe.accumulation=4")
     (costs,) = measure([arm]).costs.values()
     assert costs.step[arm.configuration_key] == 4.0
 
 
 def test_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("basd.training.memory.total_bytes", lambda device: 8 * 2**30)
-    said = display._memory(3 * 2**30, 8, processes=2, device="cpu")
-    assert said == "Memory: about 3.0 GiB with a cohort of 8 arms each, resident, of 8.0 GiB."
-    assert display._memory(3 * 2**30, 1, processes=1, device="cpu").startswith("Memory: about 3.0 GiB with one arm, ")
-    assert "too much: lower runtime.cohort_size" in display._memory(3 * 2**30, 8, processes=3, device="cpu")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * 2**30))
+
+    def said(rows: int, seeds: int, processes: int) -> str:
+        plan = fake_plan(rows, seeds, steps=100)
+        arms = {key: dataclasses.replace(arm, config=CONFIG) for key, arm in plan.arms.items()}
+        held = {arm.configuration_key: 2**20 for arm in arms.values()}
+        costs = Costs(
+            setup=0.0, shared=0.0, step=dict.fromkeys(held, 1.0), evaluation=dict.fromkeys(held, 0.0),
+            steps_per_epoch=10, validation_images=3, test_images=5,
+            peak=3 * 2**30, held=held, held_then=rows * 2**20,
+        )  # fmt: skip
+        probe = Probe({structure_of(next(iter(arms.values()))): costs})
+        text, options = io.StringIO(), GridOptions(device="cpu", processes=processes)
+        left = dict.fromkeys(arms, 100)
+        print_prediction(Console(file=text, width=400), dataclasses.replace(plan, arms=arms), left, probe, options)
+        return next(line for line in text.getvalue().splitlines() if line.startswith("Memory"))
+
+    assert said(8, 2, 2) == "Memory: about 3.0 GiB with a cohort of 8 arms each, resident, of 8.0 GiB."
+    assert said(1, 1, 1) == "Memory: about 3.0 GiB with one arm, resident, of 8.0 GiB."
+    assert "too much: lower runtime.cohort_size" in said(8, 3, 3)

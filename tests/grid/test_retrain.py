@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import grid_fakes
 import pytest
+from forked import kill_this_process, killed_in
 from grid_fakes import SETTING, make_plan
+from ledgers import empty_ledger
 from rich.console import Console
 
 import analysis
@@ -35,7 +37,7 @@ class Grid:
         self.root = root
         self.options = GridOptions(
             directory=str(root / "runs"),
-            ledger_url=f"sqlite:///{root}/ledger.db",
+            ledger_url=empty_ledger(root / "ledger.db"),
             tracking_uri=f"sqlite:///{root}/mlflow.db",
             device="cpu",
             **options,
@@ -166,24 +168,19 @@ def test_killed_after_its_journal_closed_it_is_taken_over_as_what_trained_it(gri
     grid.work(old)
     grid.retrain(new)
 
-    class Died(BaseException):
-        pass
+    def die_telling() -> None:
+        ledger = grid.ledger()
+        storage = ledger.database.storage
+        tell = storage.set_trial_user_attr
 
-    ledger = grid.ledger()
+        def write(trial: int, name: str, value: Any) -> None:
+            kill_this_process() if name == "metrics" else tell(trial, name, value)
 
-    def dies(*_: Any) -> bool:
-        raise Died
-
-    ledger.complete = dies  # type: ignore[method-assign]
-    with pytest.raises(Died):
+        storage.set_trial_user_attr = write  # type: ignore[method-assign]
         Worker(new.arms, ledger, grid.options, train=better).work()
-    ledger.close()
-    state = grid.ledger().arms()[key]
-    trial = state.trial_id
-    grid.ledger()._database.storage.set_trial_user_attr(trial, "owner", {**(state.owner or {}), "pid": 2**22 + 1})
-    watcher = grid.ledger()
-    watcher.owner = dataclasses.replace(watcher.owner, worker="another")
-    assert watcher.reap_stale() == [key]
+
+    killed_in(die_telling)
+    assert grid.ledger().reap_stale() == [key]
     assert grid.work(newest, better) == 1
     assert grid.begun(old) == [2]
     state = grid.ledger().arms()[key]
@@ -199,38 +196,27 @@ def test_a_worker_of_the_old_code_leaves_it_alone(grid: Grid) -> None:
     assert grid.work(new, better) == 1
 
 
-@pytest.mark.slow
-def test_an_interrupted_retraining_goes_on_with_and_without_the_flag(
-    grid: Grid, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Real worker processes: one is killed on the way, and the next call finishes what was begun."""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parents[1])]))
-    options = dataclasses.replace(grid.options, processes=1, trainer="grid_fakes:train_cohort")
+def test_an_interrupted_retraining_goes_on_with_and_without_the_flag(grid: Grid) -> None:
+    options = dataclasses.replace(grid.options, trainer="grid_fakes:train_cohort")
 
     def run(plan: Plan, **given: Any) -> tuple[Outcome, str]:
         text = io.StringIO()
-        outcome = run_grid(plan, options, console=Console(file=text, width=200), **given)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        outcome = run_grid(plan, options, here=True, console=Console(file=text, width=200), **given)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return outcome, text.getvalue()
 
     grid.work(make_plan(2, 1))
-    new = make_plan(2, 1, {(1, 0): {"kill_at": 3}}, version="v2")
+    new = make_plan(2, 1, {(1, 0): {"terminate_at": 1}}, version="v2")
     outcome, _ = run(new)
     assert outcome.ok and outcome.trained == 0 and outcome.stale == {"v1": 2}
-    with monkeypatch.context() as patch:
-
-        def dies(*_: Any) -> None:
-            raise SystemExit
-
-        patch.setattr("basd.grid.run._work", dies)
-        with pytest.raises(SystemExit):
-            run(new, retrain_stale=True)
-    assert grid.begun(new) == [1, 1]
-    outcome, text = run(new)
-    assert outcome.ok and outcome.trained == 2 and outcome.stale == {} and "killed by signal 9" in text
-    before = grid.begun(new)
     outcome, _ = run(new, retrain_stale=True)
-    assert outcome.ok and outcome.trained == 0 and grid.begun(new) == before
+    assert outcome.interrupted and not outcome.complete and grid.begun(new) == [2, 2]
+    outcome, _ = run(new)
+    assert outcome.ok and outcome.trained == 2 and outcome.stale == {} and grid.begun(new) == [3, 3]
+    outcome, _ = run(new, retrain_stale=True)
+    assert outcome.ok and outcome.trained == 0 and grid.begun(new) == [3, 3]
     assert audit_plan(new, options, "v2").in_order
 
 

@@ -1,10 +1,11 @@
-"""The search of a sweep: against Optuna's own loop, interrupted at every write, shared by two, with arms that end in every way.
+"""The search of a sweep: compared with Optuna's own loop, killed after its writes, shared by two, with every kind of end.
 
-Arms are not trained: their ends are told to the ledger, with values that are a function of their configuration.
+No arm is trained: the tests tell the ledger their ends, with values that are a function of their configuration.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from ledgers import empty_ledger
 from tiny import TINY
 
 from basd.grid.ledger import Ledger
@@ -21,6 +23,7 @@ from basd.grid.options import GridOptions
 from basd.grid.plan import Preparer
 from basd.grid.pruning import EpochPruner
 from basd.grid.search import Search, make_sampler
+from basd.grid.storage import Database
 from basd.grid.sweeps import Sweep, load_sweep
 from basd.grid.worker import pruner_of
 
@@ -43,7 +46,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep
 
 @pytest.fixture
 def options(tmp_path: Path) -> GridOptions:
-    return GridOptions(directory=str(tmp_path / "runs"), ledger_url=f"sqlite:///{tmp_path}/ledger.db", retries=0)
+    return GridOptions(directory=str(tmp_path / "runs"), ledger_url=empty_ledger(tmp_path / "ledger.db"), retries=0)
 
 
 def value(temperature: float, scale: str, seed: int = 0) -> float:
@@ -90,7 +93,9 @@ def told(trials: list[Any]) -> list[Any]:
     return [(t.params, t.values, t.state.name, t.user_attrs.get("overrides"), t.intermediate_values) for t in trials]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "gp"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", "nsga2", *(pytest.param(name, marks=pytest.mark.full) for name in ("random", "gp"))]
+)
 def test_it_is_the_search_that_optuna_makes_of_the_same_samplers(
     make, options, preparer: Preparer, sampler: str
 ) -> None:
@@ -150,22 +155,21 @@ def writes(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     return count
 
 
+@pytest.mark.parametrize(
+    ("trials", "writes_between"), [(2, 6), pytest.param(4, 3, marks=pytest.mark.full)], ids=["few", "many"]
+)
 def test_killed_after_any_write_it_asks_for_the_same_trials(
-    make, options, preparer: Preparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make, options, preparer: Preparer, trials: int, writes_between: int
 ) -> None:
-    """Only what the search writes: that the ledger survives is tested with the ledger."""
-    sweep = make(trials=4, batch=2)
-    import dataclasses
+    """Only the writes of the search: the tests of the ledger kill it in its own writes."""
+    sweep = make(trials=trials, batch=trials // 2)
 
-    def at(place: str) -> GridOptions:
-        return dataclasses.replace(options, ledger_url=f"sqlite:///{tmp_path}/{place}.db")
-
-    def searched(place: str, after: int) -> int:
+    def searched(own: GridOptions, after: int) -> int:
         """Run it, killed once in `open_batch` or `settle`; returns the number of writes there."""
         with pytest.MonkeyPatch.context() as patch:
             count = writes(patch, after)
             for _ in range(20):
-                search = Search(sweep, at(place), preparer)
+                search = Search(sweep, own, preparer)
                 try:
                     search.open_batch()
                     keys = search.wanted()
@@ -179,41 +183,38 @@ def test_killed_after_any_write_it_asks_for_the_same_trials(
                 except Killed:
                     search.ledger.close()
                     count[0] = 10**6
-                    searched(place, 0)
+                    searched(own, 0)
                     return 0
             return count[0]
 
-    total = searched("whole", 0)
-    expected = told(Search(sweep, at("whole"), preparer).trials())
-    assert len(expected) == 4 and total > 25
-    # those of the first trial, then some
-    for after in [*range(1, 9), *range(9, total, 5)]:
-        place = f"killed{after}"
-        searched(place, after)
-        assert told(Search(sweep, at(place), preparer).trials()) == expected, after
+    total = searched(options, 0)
+    expected = told(Search(sweep, options, preparer).trials())
+    assert len(expected) == trials and total > 6 * trials
+    for after in range(writes_between // 2 + 1, total, writes_between):
+        own = replaced(options, f"killed{after}")
+        searched(own, after)
+        assert told(Search(sweep, own, preparer).trials()) == expected, after
 
 
 def test_two_at_once_share_the_trials(make, options, preparer: Preparer) -> None:
-    sweep = make()
+    sweep = make(trials=4, batch=2)
     one, other = Search(sweep, options, preparer), Search(sweep, options, preparer)
     one.open_batch()
     other.open_batch()
-    assert len(one.trials()) == 3 and one.wanted() == other.wanted()
+    assert len(one.trials()) == 2 and one.wanted() == other.wanted()
     end_arms(one, one.wanted())
     other.settle()
     one.settle()
-    assert [trial.state.name for trial in one.trials()] == ["COMPLETE"] * 3
+    assert [trial.state.name for trial in one.trials()] == ["COMPLETE"] * 2
     other.open_batch()
     one.open_batch()
-    assert len(one.trials()) == 6
-    alone = make()
-    assert told(run(one)) == told(run(Search(alone, replaced(options, "alone"), preparer)))
+    assert len(one.trials()) == 4
+    assert told(run(one)) == told(run(Search(sweep, replaced(options, "alone"), preparer)))
 
 
 def replaced(options: GridOptions, name: str) -> GridOptions:
-    import dataclasses
-
-    return dataclasses.replace(options, ledger_url=options.ledger_url.replace("ledger.db", f"{name}.db"))
+    other = Path(options.ledger_url.removeprefix("sqlite:///")).with_name(f"{name}.db")
+    return dataclasses.replace(options, ledger_url=empty_ledger(other))
 
 
 def test_arms_of_tables_are_not_trained_again(make, options, preparer: Preparer) -> None:
@@ -307,7 +308,7 @@ def pruned_over_epochs(
 
 
 def test_hyperband_leaves_the_trials_that_optunas_leaves(make, options, preparer: Preparer) -> None:
-    sweep = make("recipe.duration=9 epochs", pruner="hyperband", trials=12, batch=4, sampler="random")
+    sweep = make("recipe.duration=9 epochs", pruner="hyperband", trials=6, batch=6, sampler="random")
     search = Search(sweep, options, preparer)
     assert search.epochs == 9
 
@@ -321,7 +322,7 @@ def test_hyperband_leaves_the_trials_that_optunas_leaves(make, options, preparer
     )
     study.enqueue_trial({"weighting.temperature": 2.0, "weighting.scale": "first"})
     order = []
-    for number in range(12):
+    for number in range(6):
         study.sampler = make_sampler(sweep, number)
         trial = study.ask(sweep.distributions)
         reached = value(float(f"{trial.params['weighting.temperature']:.4g}"), trial.params["weighting.scale"])
@@ -341,11 +342,11 @@ def test_hyperband_leaves_the_trials_that_optunas_leaves(make, options, preparer
 
 
 def test_the_start_is_never_left(make, options, preparer: Preparer) -> None:
-    sweep = make("recipe.duration=9 epochs", "weighting.scale=first", pruner={"name": "median", "startup": 0}, trials=3, batch=1,
+    sweep = make("recipe.duration=4 epochs", "weighting.scale=first", pruner={"name": "median", "startup": 0}, trials=3, batch=1,
                  sampler="random")  # fmt: skip
     search = Search(sweep, options, preparer)
     end = pruned_over_epochs(
-        search, 9, lambda config, epoch: -abs(config["weighting"]["temperature"] - 9.0) + epoch / 100
+        search, 4, lambda config, epoch: -abs(config["weighting"]["temperature"] - 9.0) + epoch / 100
     )
     trials = run(search, end)
     assert trials[0].params == {"weighting.temperature": 2.0} and trials[0].state.name == "COMPLETE"
@@ -354,11 +355,10 @@ def test_the_start_is_never_left(make, options, preparer: Preparer) -> None:
 
 
 def test_later_seeds_are_for_those_that_are_left(make, options, preparer: Preparer) -> None:
-    sweep = make("recipe.duration=9 epochs", "seeds=[0,1]", pruner="median", trials=8, batch=4)
-    sweep_pruner = load_sweep("mine", [*TINY, "recipe.duration=9 epochs", "seeds=[0,1]", "pruner.startup=1"])
-    search = Search(sweep_pruner, options, preparer)
+    sweep = make("recipe.duration=4 epochs", "seeds=[0,1]", pruner={"name": "median", "startup": 1}, trials=5, batch=3)
+    search = Search(sweep, options, preparer)
     assert sweep.stages == [(0,), (1,)]
-    trials = run(search, pruned_over_epochs(search, 9, lambda config, epoch: of_arm(config) * epoch))
+    trials = run(search, pruned_over_epochs(search, 4, lambda config, epoch: of_arm(config) * epoch))
     states = search.ledger.arms()
     for trial in trials:
         kinds = [
@@ -370,10 +370,10 @@ def test_later_seeds_are_for_those_that_are_left(make, options, preparer: Prepar
 
 @pytest.fixture
 def started(make, options, preparer: Preparer) -> Iterator[tuple[Search, list[str], EpochPruner]]:
-    sweep = make("recipe.duration=9 epochs", pruner={"name": "median", "startup": 1}, trials=4, batch=2)
+    sweep = make("recipe.duration=4 epochs", pruner={"name": "median", "startup": 1}, trials=4, batch=2)
     search = Search(sweep, options, preparer)
     search.open_batch()
-    end_arms(search, search.wanted(), pruned_over_epochs(search, 9, lambda config, epoch: 0.1 * epoch))
+    end_arms(search, search.wanted(), pruned_over_epochs(search, 4, lambda config, epoch: 0.1 * epoch))
     search.open_batch()
     keys = search.wanted()
     plan = search.plan()
@@ -397,12 +397,6 @@ def test_a_decision_outlives_its_process(started) -> None:
     assert again(keys[1], 1, {"val/top1": 0.1}) == "", "an epoch is decided on once"
 
 
-def test_metrics_that_are_not_the_sweeps_and_arms_of_nobody_decide_nothing(started) -> None:
-    _, keys, prune = started
-    assert prune(keys[0], 1, {"train/loss": 3.0}) == ""
-    assert prune("0" * 16, 1, {"val/top1": 0.0}) == ""
-
-
 def test_an_arm_that_a_table_needs_is_not_left_and_one_that_was_left_is_taken_up(started) -> None:
     search, keys, prune = started
     arms = search.plan().arms
@@ -416,30 +410,34 @@ def test_an_arm_that_a_table_needs_is_not_left_and_one_that_was_left_is_taken_up
     assert search.ledger.ensure([arms[keys[1]]], {keys[1]: ["a row"]}, "a_table", again=True) == [keys[1]]
 
 
-def test_a_ledger_that_is_away_leaves_nothing(started, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, keys, prune = started
-    lock = prune._database._lock
-    monkeypatch.setattr(lock, "acquire", lambda timeout: False)
-    assert prune(keys[0], 2, {"val/top1": 0.1}) == ""
+def test_what_decides_nothing(started) -> None:
+    """A metric that is not the sweep's, an arm that nobody knows, and a locked ledger."""
+    search, keys, _ = started
+    prune = pruner_of(search.plan(), search.ledger, dataclasses.replace(search.options, ledger_timeout=0.1))
+    assert prune is not None
+    assert prune(keys[0], 1, {"train/loss": 3.0}) == ""
+    assert prune("0" * 16, 1, {"val/top1": 0.0}) == ""
+    with Database(search.options.ledger_url).exclusive():
+        assert prune(keys[0], 2, {"val/top1": 0.1}) == ""
+    assert "after epoch 2" in prune(keys[0], 2, {"val/top1": 0.1})
 
 
-def test_wilcoxon_gives_no_more_seeds_to_what_is_worse(make, options, preparer: Preparer) -> None:
-    seeds = "seeds=[0,1,2,3,4,5]"
-    sweep = make(seeds, sampler="grid", pruner="wilcoxon", batch=1,
-                 space={"weighting.scale": "choice(none, first)", "weighting.temperature": "choice(1, 3)"})  # fmt: skip
+@pytest.mark.parametrize(("p", "count"), [(None, 4), pytest.param(0.05, 5, marks=pytest.mark.full)])
+def test_wilcoxon_gives_no_more_seeds_to_what_is_worse(
+    make, options, preparer: Preparer, p: float | None, count: int
+) -> None:
+    """The first trial is the best there can be; the second is worse with every seed: p = 1/16 with four, 1/32 with five."""
+    pruner = "wilcoxon" if p is None else {"name": "wilcoxon", "p": p}
+    space = {"weighting.temperature": "choice(1, 3)"}
+    sweep = make("seeds=[0,1,2,3,4,5]", sampler="grid", pruner=pruner, batch=1, space=space)
     trials = run(Search(sweep, options, preparer))
-    # the first is the best there can be; the others are worse with every seed, which four seeds tell at p = 1/16
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED", "PRUNED"]
-    assert [sorted(trial.intermediate_values) for trial in trials[1:]] == [[0, 1, 2, 3]] * 3
-    assert all("4 paired seeds" in trial.user_attrs["reason"] for trial in trials[1:])
-    strict = make(seeds, sampler="grid", pruner={"name": "wilcoxon", "p": 0.05}, batch=1,
-                  space={"weighting.scale": "choice(none, first)", "weighting.temperature": "choice(1, 3)"})  # fmt: skip
-    trials = run(Search(strict, replaced(options, "strict"), preparer))
-    assert [sorted(trial.intermediate_values) for trial in trials[1:]] == [[0, 1, 2, 3, 4]] * 3, "1/32 with the fifth"
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED"]
+    assert sorted(trials[1].intermediate_values) == list(range(count))
+    assert f"{count} paired seeds" in trials[1].user_attrs["reason"]
 
 
 def test_several_metrics(make, options, preparer: Preparer) -> None:
-    sweep = make(metric=["val/top1", "val/nll"], sampler={"name": "nsga2", "population": 3})
+    sweep = make(metric=["val/top1", "val/nll"], sampler={"name": "nsga2", "population": 3}, trials=4)
     trials = run(Search(sweep, options, preparer))
     assert sweep.directions == ["maximize", "minimize"]
     assert all(trial.values[1] == pytest.approx(1 - trial.values[0]) for trial in trials)
@@ -449,7 +447,7 @@ def test_passwords_stay_out_of_the_study(make, options, preparer: Preparer) -> N
     sweep = make("tracking.uri=http://me:secret@host", trials=1)
     search = Search(sweep, options, preparer)
     search.open_batch()
-    study = search._opened(create=False)
-    assert study is not None
+    study = optuna.load_study(study_name=sweep.study, storage=options.ledger_url)
+    assert study.trials
     assert "secret" not in str(study.user_attrs) and "secret" not in str([trial.user_attrs for trial in study.trials])
     assert next(iter(search.plan().arms.values())).config["tracking"]["uri"] == "http://me:secret@host"

@@ -1,14 +1,16 @@
-"""`run_sweep` from batch to batch, with arms that end at once: what it says, what it survives, what reaches MLflow."""
+"""`run_sweep` from batch to batch, with arms that end at once: what it says and survives, and what reaches MLflow."""
 
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sweep_fakes
 import yaml
+from ledgers import empty_ledger
 from mlflow import MlflowClient
 from rich.console import Console
 from tiny import TINY
@@ -25,7 +27,7 @@ SPACE = {"weighting.temperature": "interval(0.1, 10)"}
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep_fakes, "before", [])
+    sweep_fakes.before.clear()
     (tmp_path / "sweeps").mkdir()
 
     def make(*overrides: str, **changes: object) -> Sweep:
@@ -37,11 +39,12 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Swee
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> GridOptions:
+def options(tmp_path: Path, store: Path) -> GridOptions:
     (tmp_path / "tracking").mkdir()
+    shutil.copy(store, tmp_path / "tracking" / "mlflow.db")
     return GridOptions(
         directory=str(tmp_path / "runs"),
-        ledger_url=f"sqlite:///{tmp_path}/ledger.db",
+        ledger_url=empty_ledger(tmp_path / "ledger.db"),
         tracking_uri=f"sqlite:///{tmp_path}/tracking/mlflow.db",
         device="cpu",
         trainer="sweep_fakes:train",
@@ -68,7 +71,7 @@ def test_batches_follow_each_other_until_the_last_trial(sweep, options: GridOpti
 def test_a_tracking_store_that_goes_away_does_not_end_the_search(
     sweep, options: GridOptions, preparer: Preparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(sweep("trials=2"), options, preparer)
+    run(sweep("trials=1"), options, preparer)
     cohorts = [0]
 
     def away() -> None:
@@ -77,26 +80,27 @@ def test_a_tracking_store_that_goes_away_does_not_end_the_search(
             (tmp_path / "tracking").rename(tmp_path / "elsewhere")
             (tmp_path / "tracking").write_text("no folder")
 
-    monkeypatch.setattr(sweep_fakes, "before", [away])
-    monkeypatch.setattr("basd.grid.sweep.PATIENCE", 2.0)
-    outcome, _ = run(sweep("trials=6"), options, preparer)
-    assert outcome.states == {"COMPLETE": 6} and outcome.trained == 4
+    sweep_fakes.before.append(away)
+    with monkeypatch.context() as patch:
+        patch.setattr("basd.grid.sweep.PATIENCE", 1.0)
+        outcome, _ = run(sweep("trials=4"), options, preparer)
+    assert outcome.states == {"COMPLETE": 4} and outcome.trained == 3
     assert not outcome.mirrored and "basd sync mine" in outcome.mirror_problem
     # back again, the next call sends what is owed
     (tmp_path / "tracking").unlink()
     (tmp_path / "elsewhere").rename(tmp_path / "tracking")
-    outcome, _ = run(sweep("trials=6"), options, preparer)
+    outcome, _ = run(sweep("trials=4"), options, preparer)
     assert outcome.mirrored and outcome.trained == 0
     client = MlflowClient(options.tracking_uri)
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    assert sum("basd.arm_key" in run.data.tags for run in runs) == 6
+    assert sum("basd.arm_key" in run.data.tags for run in runs) == 4
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 def test_a_store_that_is_away_from_the_beginning_is_said_before_any_compute(
     sweep, options: GridOptions, preparer: Preparer, tmp_path: Path
 ) -> None:
-    (tmp_path / "tracking").rmdir()
+    shutil.rmtree(tmp_path / "tracking")
     with pytest.raises(UserError, match="tracking"):
         run(sweep(), options, preparer)
     assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))

@@ -11,12 +11,12 @@ from torture import options, run
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nothing of the ledger is in the undisturbed grid's numbers: one serves both."""
+    """The numbers of the undisturbed grid do not depend on the ledger: one serves both."""
     return tmp_path_factory.mktemp("reference")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ledger", ["sqlite", "postgresql"])
+@pytest.mark.full
+@pytest.mark.parametrize("ledger", ["sqlite", pytest.param("postgresql", marks=pytest.mark.rare)])
 def test_a_grid_under_torture_ends_with_the_bits_of_one_that_nothing_interrupted(
     ledger: str, reference: Path, tmp_path: Path
 ) -> None:

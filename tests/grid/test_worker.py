@@ -1,15 +1,21 @@
-"""A worker: one arm's trouble is its own, and nothing that was claimed is left hanging."""
+"""A worker: the trouble of one arm harms no other, and every arm that was claimed is ended or given back."""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grid_fakes
+import psutil
 import pytest
 from grid_fakes import SETTING, make_arm
+from ledgers import empty_ledger
+from optuna.trial import TrialState
 
 from basd.config import FrozenArm
 from basd.errors import DISK_FULL, TOO_MANY_ARMS, UserError
@@ -28,13 +34,16 @@ class Bench:
     """A ledger and a run directory of their own."""
 
     def __init__(self, root: Path, arms: list[FrozenArm], **options: Any) -> None:
-        self.options = GridOptions(directory=str(root / "runs"), ledger_url=f"sqlite:///{root}/ledger.db", **options)
+        self.options = GridOptions(directory=str(root / "runs"), ledger_url=empty_ledger(root / "ledger.db"), **options)
         self.arms = {arm.arm_key: arm for arm in arms}
         self.keys = list(self.arms)
         self.ledger().ensure(arms, {}, "table")
 
     def ledger(self) -> Ledger:
-        return Ledger(self.options.ledger_url, SETTING, retries=self.options.retries, grace=self.options.grace)
+        return Ledger.of(self.options, SETTING)
+
+    def lock_of_the_ledger(self) -> FileLock:
+        return FileLock(f"{self.options.ledger_url.removeprefix('sqlite:///')}.lock")
 
     def work(self, train: Any = grid_fakes.train_cohort, **options: Any) -> int:
         return Worker(self.arms, self.ledger(), self.options, train=train, **options).work()
@@ -130,24 +139,22 @@ def test_stop_gives_back_and_the_next_worker_goes_on(tmp_path: Path) -> None:
 
 def test_arm_that_was_taken_away_is_left(tmp_path: Path) -> None:
     bench = Bench(tmp_path, [make_arm(0, 0, steps=10), make_arm(1, 0)])
-    worker_ledger = bench.ledger()
+    over = []
 
     def train(arms: Any, *rest: Any, **callbacks: Any) -> Any:
-        # somebody judges the first arm stale, and its next try completes elsewhere
+        # somebody judges the first arm stale and enqueues its next try
         watcher = bench.ledger()
         trial = watcher.arms()[bench.keys[0]].trial_id
-        from optuna.trial import TrialState
-
-        watcher._database.storage.set_trial_state_values(trial, TrialState.FAIL)
+        watcher.database.storage.set_trial_state_values(trial, TrialState.FAIL)
         watcher.ensure([bench.arms[bench.keys[0]]], {}, "table")
-        return grid_fakes.train_cohort(arms, *rest, **callbacks)
+        results = grid_fakes.train_cohort(arms, *rest, **callbacks)
+        over.append(True)
+        return results
 
-    worker = Worker(bench.arms, worker_ledger, bench.options, train=train)
-    worker._cohort(worker_ledger.claim(bench.keys, 2))
-    worker_ledger.close()
+    assert bench.work(train, stop=lambda: bool(over)) == 1
     assert bench.states() == ["waiting", "complete"]
     event = last_event(bench.directory(0))
-    assert event is None or not event.end  # the journal belongs to the other one
+    assert event is None or not event.end  # the journal belongs to the next try
 
 
 def test_directory_of_a_process_that_still_lives_is_not_touched(tmp_path: Path) -> None:
@@ -189,21 +196,21 @@ def test_arm_begun_by_other_code_starts_anew(tmp_path: Path) -> None:
     assert json.loads((directory / "arm.json").read_text())["version"] == "v1"
 
 
-def test_ledger_locked_at_the_end_of_training_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(tmp_path, [make_arm(0, 0)])
-    complete = Ledger.complete
-    refusals = 2
+def test_ledger_locked_at_the_end_of_training_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(tmp_path, [make_arm(0, 0)], ledger_timeout=0.1)
+    lock = bench.lock_of_the_ledger()
 
-    def sometimes(self: Ledger, *told: Any) -> bool:
-        nonlocal refusals
-        if refusals:
-            refusals -= 1
-            raise UserError("the ledger stayed locked")
-        return complete(self, *told)
+    def train(*arguments: Any, finished: Any, **callbacks: Any) -> Any:
+        def end(result: Any) -> None:
+            assert lock.acquire(0)
+            threading.Timer(0.5, lock.release).start()
+            finished(result)
 
-    monkeypatch.setattr(Ledger, "complete", sometimes)
-    assert bench.work() == 1
-    assert bench.states() == ["complete"]
+        return grid_fakes.train_cohort(*arguments, finished=end, **callbacks)
+
+    assert bench.work(train) == 1
+    assert bench.states() == ["complete"] and bench.trainings(0) == [0]
+    assert "stayed locked" in caplog.text
 
 
 def test_directory_that_cannot_be_written_fails_the_arm(tmp_path: Path) -> None:
@@ -216,48 +223,51 @@ def test_directory_that_cannot_be_written_fails_the_arm(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_no_retry_and_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arm is given back, the worker waits, and both go on where there is room again."""
+    """The arms are given back, the worker waits, and all go on where there is room again."""
     monkeypatch.setattr(worker_module, "FULL_DISK_PAUSE", 0.01)
     bench = Bench(tmp_path, [make_arm(0, 0), make_arm(1, 0)], retries=0)
-    full = [True, True, False]
-    write = Journal.flush
+    sync, refusals, cohorts = os.fsync, [3], []
 
-    def flush(self: Journal) -> int:
-        if full[0]:
+    def fsync(file: int) -> None:
+        if refusals[0] > 0:
+            refusals[0] -= 1
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self)
+        sync(file)
 
-    def train(arms: Any, directories: Any, recorders: Any, **callbacks: Any) -> Any:
-        full.pop(0) if len(full) > 1 else None
-        if full[0]:
-            return [ArmResult(arm.arm_key, "stopped", reason=DISK_FULL) for arm in arms]
-        return grid_fakes.train_cohort(arms, directories, recorders, **callbacks)
+    def train(arms: Any, *rest: Any, **callbacks: Any) -> Any:
+        cohorts.append(len(arms))
+        if len(cohorts) < 4:
+            refusals[0] = 100  # the journals cannot be closed either
+            results = [ArmResult(arm.arm_key, "stopped", reason=DISK_FULL) for arm in arms]
+            for result in results:
+                callbacks["finished"](result)
+            refusals[0] = 0
+            return results
+        return grid_fakes.train_cohort(arms, *rest, **callbacks)
 
-    monkeypatch.setattr(Journal, "flush", flush)
+    monkeypatch.setattr(os, "fsync", fsync)
     assert bench.work(train) == 2
+    # first no arm can be opened, then one, then both
+    assert refusals == [0] and cohorts[:2] == [1, 2]
     assert bench.states() == ["complete"] * 2
     assert [state.retries for state in bench.ledger().arms(bench.keys).values()] == [0, 0]
 
 
 def test_a_ledger_that_does_not_answer_for_a_while_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(worker_module, "LEDGER_PAUSE", 0.01)
-    bench = Bench(tmp_path, [make_arm(0, 0)])
-    claim, left = Ledger.claim, [3]
-
-    def claims(self: Ledger, *arguments: Any, **options: Any) -> list[str]:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise UserError("the ledger's server is starting up")
-        return claim(self, *arguments, **options)
-
-    monkeypatch.setattr(Ledger, "claim", claims)
+    bench = Bench(tmp_path, [make_arm(0, 0)], ledger_timeout=0.1)
+    lock = bench.lock_of_the_ledger()
+    assert lock.acquire(0)
+    threading.Timer(1.0, lock.release).start()
     assert bench.work() == 1 and bench.states() == ["complete"]
+    assert caplog.text.count("stayed locked") == 1
     monkeypatch.setattr(worker_module, "LEDGER_PATIENCE", 0.0)
-    left[0] = 3
-    with pytest.raises(UserError, match="starting up"):
+    assert lock.acquire(0)
+    with pytest.raises(UserError, match="stayed locked"):
         bench.work()
+    lock.release()
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -285,7 +295,7 @@ def test_a_cohort_that_does_not_fit_is_halved_and_no_arm_loses_a_retry(
 
 
 def test_arms_of_which_none_fits_fail_alone_in_the_end(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, [make_arm(row, 0) for row in range(5)], retries=1)
+    bench = Bench(tmp_path, [make_arm(row, 0) for row in range(3)], retries=1)
     sizes = []
 
     def train(arms: Any, *_: Any, **callbacks: Any) -> Any:
@@ -294,7 +304,7 @@ def test_arms_of_which_none_fits_fail_alone_in_the_end(tmp_path: Path) -> None:
         return [ArmResult(arm.arm_key, status, reason=reason) for arm in arms]
 
     assert bench.work(train) == 0
-    assert sizes == [5, 2, *[1] * 10]  # each twice: once tried again
+    assert sizes == [3, *[1] * 6]  # each twice: once tried again
     assert {state.reason for state in bench.ledger().arms(bench.keys).values()} == {"out of memory"}
 
 
@@ -321,7 +331,8 @@ def test_what_a_cohort_held_bounds_the_next(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_measured_memory_reaches_the_next_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("basd.training.memory.available_bytes", lambda device: 400 * 10**6)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=400 * 10**6))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0)))
     bench = Bench(tmp_path, [make_arm(0, 0), *(make_arm(row, 1) for row in range(4))], device="cpu")
     sizes = []
 
