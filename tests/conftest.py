@@ -107,6 +107,35 @@ def tiny_arm(preparer: Preparer) -> Callable[..., FrozenArm]:
     return make
 
 
+@pytest.fixture(scope="session")
+def few_arm(preparer: Preparer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FrozenArm]:
+    """As `tiny_arm`, on few images in CIFAR-10's format, for what holds of any data: 216 for training, 24 and 48 to evaluate on.
+
+    The images are noise, 32×32; an epoch has 5 steps.
+    """
+    import dataclasses
+
+    from data.stored_fakes import write_cifar10
+    from tiny import TINY
+
+    from basd.compose import compose
+    from basd.grid.plan import freeze
+
+    root = tmp_path_factory.mktemp("cifar10")
+    write_cifar10(root, n=48)
+    common = [text for text in TINY if not text.startswith("data.image_size")]
+    common += ["data=cifar10", f"data.root={root}", "recipe.batch_size=40"]
+
+    def make(*overrides: str, seed: int = 0) -> FrozenArm:
+        composed = compose([*common, *overrides])
+        composed = dataclasses.replace(composed, config=dataclasses.replace(composed.config, seed=seed))
+        return freeze(composed, "tiny", preparer(composed.config))
+
+    # tests that watch a training do not see the teacher's
+    make()
+    return make
+
+
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first process which needs it makes for all processes of this pytest run."""
     from basd.tracking.files import file_lock

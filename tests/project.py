@@ -10,7 +10,7 @@ import yaml
 from command import basd_here
 from tiny import TINY
 
-SETTINGS = [*TINY, "recipe.duration=2 epochs", "recipe.validate_every=1", "runtime.threads=1", "runtime.processes=1"]
+SETTINGS = [*TINY, "recipe.duration=1 epochs", "recipe.validate_every=1", "runtime.threads=1", "runtime.processes=1"]
 TABLE = ["leave_one_out", *SETTINGS, "rows=[basd,without_attn,ce]", "seeds=[0,1,2]"]
 # a factorial that shares two of its four rows with the table
 FACTORIAL = {

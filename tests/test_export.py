@@ -373,6 +373,7 @@ def test_an_export_that_loads_as_another_model_is_refused(
     assert "its weights differ" in refusal([trained.plain, "--output", "out"], capsys)
 
 
+@pytest.mark.full
 def test_onnx_that_strays_or_has_no_packages_is_refused(
     here: Path, trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

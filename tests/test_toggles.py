@@ -46,12 +46,9 @@ def choices_of(config: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def test_every_choice_is_a_toggle() -> None:
     seen: set[tuple[str, Any]] = set()
-    for name in TOGGLES:
-        seen |= {
-            pair
-            for pair in flatten(compose([*TINY, *overrides_of(name)]).config.to_dict())
-            if not isinstance(pair[1], list)
-        }
+    for names in PACKED:
+        config = compose([*TINY, *overrides_of(*names)]).config
+        seen |= {pair for pair in flatten(config.to_dict()) if not isinstance(pair[1], list)}
     wanted: set[tuple[str, Any]] = set()
     for group, members in GROUPS.items():
         if group in ("data", "teacher"):
@@ -108,8 +105,8 @@ SETS = [pytest.param(PACKED, id="packed"), pytest.param(ALONE, id="alone", marks
 
 
 @pytest.fixture
-def bench(tiny_arm: MakeArm, preparer: Preparer) -> Callable[..., Bench]:
-    return lambda names, *more: Bench(tiny_arm(*overrides_of(*names), SMALL_BATCH, *more), preparer)
+def bench(few_arm: MakeArm, preparer: Preparer) -> Callable[..., Bench]:
+    return lambda names, *more: Bench(few_arm(*overrides_of(*names), SMALL_BATCH, *more), preparer)
 
 
 # Distillation parameters that a toggle never trains, by the start of their names.
@@ -217,10 +214,10 @@ def assert_same(one: Runs, other: Runs, names: Toggles) -> None:
 
 @pytest.mark.parametrize("toggles", SETS)
 def test_resume_and_cohort_are_bit_for_bit_the_arm_alone(
-    toggles: tuple[Toggles, ...], tiny_arm: MakeArm, tmp_path: Path
+    toggles: tuple[Toggles, ...], few_arm: MakeArm, tmp_path: Path
 ) -> None:
     """One cohort of all, the same stopped on the way and resumed, and each arm alone. The export is the student alone."""
-    arms = {names: tiny_arm(*overrides_of(*names), SMALL_BATCH, f"recipe.duration={STEPS} steps") for names in toggles}
+    arms = {names: few_arm(*overrides_of(*names), SMALL_BATCH, f"recipe.duration={STEPS} steps") for names in toggles}
     runs = {how: Runs(arms, tmp_path / how) for how in ("cohort", "resumed", "alone")}
     seen = {how: {names: MemoryRecorder() for names in arms} for how in runs}
     runs["cohort"].train(seen["cohort"])
