@@ -14,9 +14,5 @@ def test_ten_steps_of_a_preset(method: str) -> None:
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
-def test_a_repeated_trace_is_the_same_bits() -> None:
-    assert trace("basd") == trace("basd")
-
-
 def test_every_preset_has_a_trace() -> None:
     assert {file.stem for file in HERE.glob("*.json")} == set(methods())
