@@ -115,7 +115,10 @@ class Search:
 
         study.sampler = make_sampler(self.sweep, number)
         trial = optuna.trial.Trial(study, trial_id)
+        written = trial.params.keys()
         for key, one in self.sweep.distributions.items():
+            if key in written:
+                _draw_again(study, trial, key, one)
             _suggest(trial, key, one)
         chosen = overrides_of(trial.params, self.sweep.distributions)
         trial.set_user_attr(CHOSEN, chosen)
@@ -424,6 +427,16 @@ def _suggest(trial: optuna.Trial, key: str, one: optuna.distributions.BaseDistri
         return trial.suggest_int(key, one.low, one.high, step=one.step, log=one.log)
     assert isinstance(one, FloatDistribution)
     return trial.suggest_float(key, one.low, one.high, step=one.step, log=one.log)
+
+
+def _draw_again(study: optuna.Study, trial: optuna.Trial, key: str, one: optuna.distributions.BaseDistribution) -> None:
+    """Draw what a search drew that was killed after it wrote this parameter: the random numbers that follow are then the same."""
+    from optuna.pruners import _filter_study
+
+    # the cases in which Optuna asks the sampler for a single parameter (optuna.trial.Trial._suggest)
+    if not (trial._is_fixed_param(key, one) or one.single() or trial._is_relative_param(key, one)):
+        frozen = trial._get_latest_trial()
+        study.sampler.sample_independent(_filter_study(study, frozen), frozen, key, one)
 
 
 def _arms(trial: FrozenTrial) -> dict[int, dict[str, Any]]:

@@ -156,7 +156,7 @@ def writes(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("trials", "writes_between"), [(2, 6), pytest.param(4, 3, marks=pytest.mark.full)], ids=["few", "many"]
+    ("trials", "writes_between"), [(2, 6), pytest.param(4, 1, marks=pytest.mark.full)], ids=["few", "many"]
 )
 def test_killed_after_any_write_it_asks_for_the_same_trials(
     make, options, preparer: Preparer, trials: int, writes_between: int
