@@ -24,10 +24,12 @@ def no_waiting_offline() -> Iterator[None]:
 
 def _resolves(address: str) -> bool:
     """Whether the host of an address has one; a proxy resolves names by itself."""
-    if getproxies():
+    place, proxies = urlparse(address), getproxies()
+    # the other variables of proxies say nothing of this address
+    if proxies.get(place.scheme) or proxies.get("all"):
         return True
     try:
-        socket.getaddrinfo(urlparse(address).hostname, None)
+        socket.getaddrinfo(place.hostname, None)
     except OSError:
         return False
     return True
