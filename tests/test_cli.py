@@ -249,7 +249,6 @@ factors:
 @pytest.mark.full
 def test_a_factorial_of_trained_arms_is_reported_by_its_factors(grid, cache: Path, tmp_path: Path) -> None:
     shutil.copytree(grid[0], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.yaml").write_text(FACTORIAL)
     command = ["grid", "mine", *SETTINGS, "--delta", "0.5"]
     status, said = basd_here(*command, cwd=tmp_path, cache=cache)
@@ -306,18 +305,17 @@ def test_multirun_trains_every_combination_and_repeats_none(store: Path, cache: 
 def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(grid, cache: Path, tmp_path: Path) -> None:
     folder, _ = grid
     command = [sys.executable, "-m", "basd", "grid", *TABLE]
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(cache), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-        limit = time.monotonic() + 120
-        while time.monotonic() < limit and process.poll() is None:
-            if len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) >= 2:
-                break
-            time.sleep(0.05)
-        for worker in workers_of(process.pid):
-            os.kill(worker, signal.SIGKILL)
-        process.kill()
-        process.wait()
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(cache), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        if len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) >= 2:
+            break
+        time.sleep(0.05)
+    for worker in workers_of(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    process.kill()
+    process.wait()
     done = basd("grid", *TABLE, cwd=tmp_path, cache=cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_arms(tmp_path, folder)

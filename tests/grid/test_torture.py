@@ -23,6 +23,6 @@ def test_a_grid_under_torture_ends_with_the_bits_of_one_that_nothing_interrupted
     if ledger == "postgresql" and programs() is None:
         pytest.skip("PostgreSQL's server is not installed")
     table = ["--rows", "basd,ce", "--seeds", "1", "--epochs", "10", "--reference", str(reference)]
-    given = options(["--ledger", ledger, "--kills", "4", *table])
+    given = options(["--ledger", ledger, "--kills", "3", *table])
     said: list[str] = []
     assert run(tmp_path / "torture", given, said.append) == [], said
