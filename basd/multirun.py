@@ -133,7 +133,7 @@ def start_workers(ablation: str, overrides: Sequence[str]) -> int:
     count = _worker_count(numbers)
     if "hydra/launcher=joblib" in hydras and not any(text.startswith("hydra.launcher.n_jobs=") for text in hydras):
         hydras.append(f"hydra.launcher.n_jobs={count}")
-    ConfigStore.instance().store(name="basd_worker", node=WorkerJob)
+    ConfigStore.instance().store(name="basd_worker", node=WorkerJob, replace=True)
     given = json.dumps(settings, ensure_ascii=False)
     sys.argv = ["basd worker", "--multirun", f"ablation={ablation}", f"settings={given}", *numbers, *hydras]
     with tempfile.TemporaryDirectory(prefix="basd-workers-") as folder:
