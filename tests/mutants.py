@@ -6,7 +6,7 @@
 
 `contexts` runs the daily suite in one process under coverage. `run` draws a seeded sample of mutants (one changed expression
 each, in a line of a function that a test reaches), and runs for each the tests that reach the line, the cheapest first, until
-one fails. `--suite DIR --files` runs the same mutants against the files of the same names in another checkout.
+one fails. Called again it goes on. `--suite DIR --files` runs the same mutants against the files of the same names in another checkout.
 """
 
 from __future__ import annotations
@@ -235,6 +235,15 @@ def by_file(tests: list[str], seconds: dict[str, float]) -> list[str]:
     return sorted(tests, key=lambda test: (cost[test.split("::")[0]], test.split("::")[0], seconds[test]))
 
 
+def read(output: Path) -> list[dict[str, Any]]:
+    """Outcomes of an earlier call, which is gone on with."""
+    return json.loads(output.read_text()) if output.exists() else []
+
+
+def write(output: Path, done: list[Outcome]) -> None:
+    output.write_text(json.dumps([asdict(one) for one in done], indent=1))
+
+
 def run(given: argparse.Namespace) -> int:
     known = json.loads(given.contexts.read_text())
     lines, seconds = known["lines"], known["seconds"]
@@ -242,7 +251,9 @@ def run(given: argparse.Namespace) -> int:
     suite = given.suite or ROOT
     for name in HEAVY:
         __import__(name)
-    waiting, running, done = list(enumerate(chosen)), {}, []
+    done = [Outcome(**{**one, "mutant": Mutant(**one["mutant"])}) for one in read(given.output)]
+    known_mutants = {one.mutant for one in done}
+    waiting, running = [(n, mutant) for n, mutant in enumerate(chosen) if mutant not in known_mutants], {}
     with tempfile.TemporaryDirectory() as scratch:
         trees = [copy_of(suite, Path(scratch) / f"tree{number}") for number in range(given.processes)]
         while waiting or running:
@@ -256,6 +267,7 @@ def run(given: argparse.Namespace) -> int:
                 source = (suite / mutant.file).read_bytes()
                 if source != (ROOT / mutant.file).read_bytes() or not tests:
                     done.append(Outcome(mutant, "broken", 0, 0.0, "the file differs there"))
+                    write(given.output, done)
                     trees.append(tree)
                     continue
                 mutated = source[: mutant.start] + mutant.new.encode() + source[mutant.end :]
@@ -281,8 +293,8 @@ def run(given: argparse.Namespace) -> int:
             shutil.rmtree(log.with_suffix(".tmp"), ignore_errors=True)
             trees.append(tree)
             done.append(Outcome(mutant, what, tests, round(took, 1), failed))
+            write(given.output, done)
             print(f"{len(done):4d} {what:9s} {took:6.1f} s {tests:4d} tests  {mutant.text}  {failed}", flush=True)
-    given.output.write_text(json.dumps([{**asdict(one), "mutant": asdict(one.mutant)} for one in done], indent=1))
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for one in done:
         place = next(target for target in TARGETS if one.mutant.file.startswith(target))

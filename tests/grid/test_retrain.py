@@ -93,6 +93,13 @@ def better(arms: Any, directories: Any, recorders: Any, *, finished: Any, **call
     return grid_fakes.train_cohort(arms, directories, [Recorder(r) for r in recorders], finished=told, **callbacks)
 
 
+def test_an_arm_that_waits_is_not_stale(grid: Grid) -> None:
+    assert grid.work(make_plan(1, 1)) == 1
+    ledger, larger = grid.ledger(), make_plan(2, 2)
+    ledger.ensure(larger.arms.values(), {}, larger.name)
+    assert stale_versions(make_plan(2, 2, version="v2"), grid.options, ledger.arms()) == {"v1": 1}
+
+
 def test_a_retrained_arm_replaces_its_result_in_ledger_journal_mlflow_and_table(grid: Grid) -> None:
     old, new = make_plan(2, 2), make_plan(2, 2, version="v2")
     assert grid.work(old) == 4
