@@ -223,7 +223,17 @@ def run_tests(tree: Path, tests: list[str], words: list[str], log: Path) -> int:
     ]
     import pytest
 
-    words = ["-n0", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={log.with_suffix('.tmp')}", "--tb=line", *words]
+    words = [
+        "-n0",
+        "-x",
+        "-q",
+        "--timeout=120",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={log.with_suffix('.tmp')}",
+        "--tb=line",
+        *words,
+    ]
     os._exit(int(pytest.main([*words, *tests])))
 
 
