@@ -21,7 +21,6 @@ from basd.models.student import TappedStudent
 from basd.models.teacher import Teacher
 from basd.objective import Objective, ObjectiveConfig, ObjectiveOutput, Parts
 
-torch.set_num_threads(1)  # small tensors: more threads only slow them down
 
 POINTS, CLASSES, BATCH = (1, 3), 5, 4
 # the losses of the complete method, and those of them that compare tokens
