@@ -21,7 +21,6 @@ from basd.models.student import TappedStudent
 from basd.models.teacher import Teacher
 from basd.objective import Objective, ObjectiveConfig, ObjectiveOutput, Parts
 
-
 POINTS, CLASSES, BATCH = (1, 3), 5, 4
 # the losses of the complete method, and those of them that compare tokens
 LOSSES, TOKEN_LOSSES = ("rsd", "rel", "attn", "spectral"), ("rsd", "rel", "spectral")
