@@ -153,7 +153,7 @@ def _chooses_a_group(text: str) -> bool:
     """Whether Hydra must compose anew for an override; it takes all others after that, one by one."""
     one = _parsed(text)
     key = one.key_or_group
-    return "/" in key or key.startswith("hydra.") or (key in group_choices() and not isinstance(one.value(), dict))
+    return "/" in key or key.split(".")[0] == "hydra" or (key in group_choices() and not isinstance(one.value(), dict))
 
 
 @lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[LEFT_OUT] = len(left)
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = len(left)
-    long = {item.path for item in items if item.get_closest_marker("full") or item.get_closest_marker("long")}
+    long = {item.path for item in items if item.get_closest_marker("full")}
     items.sort(key=lambda item: item.path not in long)
 
 
@@ -89,22 +89,27 @@ def preparer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preparer]:
     patch.undo()
 
 
-@pytest.fixture(scope="session")
-def tiny_arm(preparer: Preparer) -> Callable[..., FrozenArm]:
-    """tiny_arm("method=ce", …, seed=1): the frozen arm of these overrides."""
+def arms_with(common: Sequence[str], preparer: Preparer) -> Callable[..., FrozenArm]:
+    """make("method=ce", …, seed=1): the frozen arm of these overrides after the common ones."""
     import dataclasses
-
-    from tiny import TINY
 
     from basd.compose import compose
     from basd.grid.plan import freeze
 
     def make(*overrides: str, seed: int = 0) -> FrozenArm:
-        composed = compose([*TINY, *overrides])
+        composed = compose([*common, *overrides])
         composed = dataclasses.replace(composed, config=dataclasses.replace(composed.config, seed=seed))
         return freeze(composed, "tiny", preparer(composed.config))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_arm(preparer: Preparer) -> Callable[..., FrozenArm]:
+    """tiny_arm("method=ce", …, seed=1): the frozen arm of these overrides, on the digits."""
+    from tiny import TINY
+
+    return arms_with(TINY, preparer)
 
 
 @pytest.fixture(scope="session")
@@ -113,24 +118,13 @@ def few_arm(preparer: Preparer, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     The images are noise, 32×32; an epoch has 5 steps.
     """
-    import dataclasses
-
     from data.stored_fakes import write_cifar10
     from tiny import TINY
-
-    from basd.compose import compose
-    from basd.grid.plan import freeze
 
     root = tmp_path_factory.mktemp("cifar10")
     write_cifar10(root, n=48)
     common = [text for text in TINY if not text.startswith("data.image_size")]
-    common += ["data=cifar10", f"data.root={root}", "recipe.batch_size=40"]
-
-    def make(*overrides: str, seed: int = 0) -> FrozenArm:
-        composed = compose([*common, *overrides])
-        composed = dataclasses.replace(composed, config=dataclasses.replace(composed.config, seed=seed))
-        return freeze(composed, "tiny", preparer(composed.config))
-
+    make = arms_with([*common, "data=cifar10", f"data.root={root}", "recipe.batch_size=40"], preparer)
     # tests that watch a training do not see the teacher's
     make()
     return make

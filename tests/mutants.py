@@ -204,7 +204,7 @@ def copy_of(suite: Path, folder: Path) -> Path:
 
 
 def run_tests(tree: Path, tests: list[str], words: list[str], log: Path) -> int:
-    """In a child of this process, which has the heavy imports: pytest's status for these tests of the tree."""
+    """Start these tests of the tree in a child, which has the heavy imports already; its process id. It ends with pytest's status."""
     child = os.fork()
     if child:
         return child

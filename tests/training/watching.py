@@ -25,11 +25,8 @@ def forwards(seen: Callable[[int, int], None]) -> Iterator[None]:
         if isinstance(module, PatchEmbed):
             seen(module.proj.out_channels, len(inputs[0]))
 
-    handle = register_module_forward_pre_hook(hook)
-    try:
+    with register_module_forward_pre_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -49,11 +46,8 @@ def student_steps(seen: Callable[[VisionTransformer, int, int], None]) -> Iterat
             known[module][1] += 1
             seen(module, *known[module])
 
-    handle = register_module_forward_pre_hook(hook)
-    try:
+    with register_module_forward_pre_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -63,11 +57,8 @@ def gradients(seen: Callable[[list[torch.Tensor]], None]) -> Iterator[None]:
     def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
         seen([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
 
-    handle = register_optimizer_step_pre_hook(hook)
-    try:
+    with register_optimizer_step_pre_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -79,9 +70,6 @@ def trained_weights() -> Iterator[list[dict[str, torch.Tensor]]]:
     def updated(*_: object) -> None:
         kept.append({name: value.detach().clone() for name, value in running[-1].state_dict().items()})
 
-    handle = register_optimizer_step_post_hook(updated)
-    try:
-        with student_steps(lambda student, _arm, _step: running.append(student)):
-            yield kept
-    finally:
-        handle.remove()
+    seen = student_steps(lambda student, _arm, _step: running.append(student))
+    with register_optimizer_step_post_hook(updated), seen:
+        yield kept
